@@ -1,0 +1,207 @@
+"""Measurements: how long a mask takes to build, and how fast each route is, against what torch has, in one run.
+
+Results are checked before anything is timed. Times are medians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+import gna_flex
+from gna_flex.flex import eager_attention
+from gna_flex.mask import GNABlockMask, gna_mask
+from gna_flex.neighborhood import GNA
+from gna_flex.reference import reference_attention
+from gna_flex.routing import backend
+
+CREATE_BLOCK_MASK_PAIRS = 2e10
+"""Up to this many pairs compiled create_block_mask is run beside gna_mask (about 10 s at 131,072 tokens on a CPU)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Median time of one way to do a thing, and the most memory it took on top of what was there before."""
+
+    name: str
+    milliseconds: float
+    peak_mib: float
+    note: str = ""
+
+
+def bench_mask(gna: GNA, order: Any = "row-major", device: str = "cpu", repeats: int = 5) -> list[Timing]:
+    """Building the BlockMask of a GNA: ``gna_mask`` and, where it can run, compiled ``create_block_mask``.
+
+    On a CPU every way runs in a process of its own, with one thread, so that memory is its own.
+    """
+    jobs = [("gna_mask", repeats)]
+    pairs = float(gna.tokens) ** 2
+    if pairs <= CREATE_BLOCK_MASK_PAIRS:
+        jobs.append(("create_block_mask", min(repeats, 2)))
+    results = []
+    context = multiprocessing.get_context("spawn")
+    for name, count in jobs:
+        with context.Pool(1) as pool:
+            milliseconds, peak, counts = pool.apply(_time_mask, (name, gna, order, device, count))
+        results.append((Timing(name, milliseconds, peak), counts))
+    if any(counts != results[0][1] for _, counts in results):
+        raise AssertionError(f"{gna}: gna_mask and create_block_mask disagree: {[counts for _, counts in results]}")
+    timings = [timing for timing, _ in results]
+    if len(timings) == 1:
+        timings.append(
+            Timing("create_block_mask", float("nan"), float("nan"), f"not run: it tests all {pairs:.0e} pairs")
+        )
+    return timings
+
+
+def _time_mask(name: str, gna: GNA, order: Any, device: str, repeats: int) -> tuple[float, float, tuple[int, int]]:
+    """Median milliseconds, peak MiB and (partial, full) block counts of one way to build a mask."""
+    torch.set_num_threads(1)
+    build: Callable[[], BlockMask]
+    if name == "gna_mask":
+        gna_mask(GNA((8, 8), 3), device=device)  # imports and first-call set-up are not the mask's cost
+        _forget_masks()
+
+        def build() -> BlockMask:
+            _forget_masks()
+            return gna_mask(gna, order=order, device=device)
+    else:
+        plan = gna_mask(gna, order=order, device=device).plan
+        compiled = torch.compile(create_block_mask, dynamic=False)
+        q_len, kv_len = plan.seq_lengths
+        mod, block = plan.mask_mod(), (plan.q_block, plan.kv_block)
+
+        def build() -> BlockMask:
+            return compiled(mod, None, None, q_len, kv_len, device=device, BLOCK_SIZE=block)  # type: ignore[no-any-return]
+
+        build()
+    before = _resident_mib()
+    mask: BlockMask | None
+    times = []
+    for _ in range(repeats):
+        mask = None  # the one before must not count towards the memory of this one
+        begin = time.perf_counter()
+        mask = build()
+        _synchronize(device)
+        times.append((time.perf_counter() - begin) * 1e3)
+    assert mask is not None and mask.full_kv_num_blocks is not None
+    counts = (int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum()))
+    return statistics.median(times), _resident_mib() - before, counts
+
+
+def _forget_masks() -> None:
+    """Empties the caches that make a second mask of the same GNA cheaper."""
+    from gna_flex import mask_mod, tiling
+
+    for cached in (tiling.tile_intervals, tiling.choose_tile, mask_mod.mask_mod, mask_mod.to_natural):
+        cached.cache_clear()
+
+
+def _resident_mib() -> float:
+    """Most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def bench_attention(
+    gna: GNA,
+    *,
+    heads: int = 24,
+    head_dim: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    backward: bool = False,
+    repeats: int = 20,
+) -> list[Timing]:
+    """Every route on one GNA, and dense attention (``scaled_dot_product_attention``), alternating, in one run."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, heads, gna.tokens, head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(3))
+    mask = gna_mask(gna, device=device)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+        "flex": lambda: _routed("flex", q, k, v, mask),
+    }
+    if mask.has_tiles():
+        runs["flex-tiles"] = lambda: _routed("flex-tiles", q, k, v, mask)
+    for name, run in runs.items():
+        if name != "dense":
+            _check_rows(name, run(), q, k, v, mask)
+    if backward:
+        for x in (q, k, v):
+            x.requires_grad_()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 2):
+        for name, run in runs.items():
+            times[name].append(_time_attention(run, (q, k, v), backward, device))
+    return [Timing(name, statistics.median(values[2:]), float("nan")) for name, values in times.items()]
+
+
+def _routed(route: str, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask) -> Tensor:
+    with backend(route):
+        return eager_attention(q, k, v, mask)[0]
+
+
+def _time_attention(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str) -> float:
+    """Milliseconds of one forward, or of one backward."""
+    out = run() if backward else None
+    grad = torch.randn_like(out) if out is not None else None
+    _synchronize(device)
+    if torch.device(device).type != "cuda":
+        begin = time.perf_counter()
+        torch.autograd.grad(out, inputs, grad) if out is not None else run()
+        return (time.perf_counter() - begin) * 1e3
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.autograd.grad(out, inputs, grad) if out is not None else run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def _check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:
+    """Compares random queries with the reference in float64; the budget is what rounding the result to its type loses."""
+    picked = torch.randint(q.shape[2], (rows,), device=q.device)
+    one = slice(0, 1)
+    args = (x[one, one].double() for x in (q[:, :, picked], k, v))
+    exact = reference_attention(*args, lambda b, h, i, j: mask.mask_mod(b, h, picked[i], j))[0]
+    error = (out[one, one, picked].double() - exact).abs().max().item()
+    budget = 4 * torch.finfo(q.dtype).eps * v.abs().max().item()
+    if not error <= budget:
+        raise AssertionError(f"{name}: error {error:.2e} against the reference, budget {budget:.2e}")
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a recorded measurement was made with."""
+    facts: dict[str, Any] = {
+        "gna_flex": gna_flex.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+    }
+    if torch.device(device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["driver"] = _driver_version()
+    return facts
+
+
+def _driver_version() -> str:
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()

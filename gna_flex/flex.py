@@ -1,0 +1,297 @@
+"""The FlexAttention routes: tile order, calls through torch's own front end, one compiled function per plan."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
+
+from gna_flex.mask_mod import to_natural
+from gna_flex.reference import ScoreMod, reference_attention
+from gna_flex.routing import Facts, Route, choose_route
+from gna_flex.tiling import TileOrder
+from gna_flex.torch_private import HOP_ARGUMENTS, flex_attention_hop, is_identity
+
+if TYPE_CHECKING:
+    from gna_flex.mask import GNABlockMask
+
+log = logging.getLogger("gna_flex")
+
+Attention = tuple[Tensor, Tensor | None, Tensor | None]
+"""Output, log-sum-exp and maximum of the scores; the statistics where asked for."""
+
+COMPILED_LIMIT = 256
+"""Compiled functions kept, the least recently used dropped; a warning comes at half of it."""
+EAGER_HOP_PAIRS = 1 << 31
+"""torch's eager FlexAttention holds all pairs in memory several times; beyond this many it is refused."""
+
+
+def in_tile_order(score_mod: ScoreMod | None, q_order: TileOrder, kv_order: TileOrder) -> ScoreMod | None:
+    """A score_mod for tokens in tile order that hands natural indices to ``score_mod``."""
+    if score_mod is None or is_identity(score_mod):
+        return score_mod
+    q_natural, kv_natural = to_natural(q_order), to_natural(kv_order)
+
+    def tiled_score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, q_natural(q_idx), kv_natural(kv_idx))
+
+    return tiled_score_mod
+
+
+def route_of(
+    query: Tensor,
+    key: Tensor,
+    mask: GNABlockMask,
+    *,
+    needs_grad: bool,
+    wants_stats: bool = False,
+    kernel_options: dict[str, Any] | None = None,
+    compiling: bool = False,
+) -> Route:
+    """The route of a call with a GNA mask."""
+    return choose_route(
+        Facts(
+            device=query.device.type,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            pairs=query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2],
+            needs_grad=needs_grad,
+            wants_stats=wants_stats,
+            compiling=compiling,
+            has_tiles=mask.has_tiles(compiling),
+            tiles_pay=mask.tiles_pay(compiling),
+            backend=(kernel_options or {}).get("BACKEND", "AUTO"),
+        )
+    )
+
+
+def wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a backward pass through the call can follow."""
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs in autocast's type where autocast is on, as torch's own operator does it."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+class RoutedTuple:
+    """What a GNA mask hands to torch in place of its tuple: behaves like it, and takes the call over.
+
+    torch's front end passes this object to the FlexAttention operator, which dispatches to it by the
+    ``__torch_function__`` protocol, in eager mode and while tracing.
+    """
+
+    def __init__(self, mask: GNABlockMask, parts: tuple[Any, ...], eager: bool) -> None:
+        self.mask, self.parts, self.eager = mask, parts, eager
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.parts[index]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not flex_attention_hop:
+            return func(*args, **(kwargs or {}))
+        query, key, value, score_mod, routed, scale, options = args[: len(HOP_ARGUMENTS)]
+        mask, rest = routed.mask, args[len(HOP_ARGUMENTS) :]
+        if options.get("BACKEND", "AUTO") != "AUTO":
+            return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
+        if routed.eager:
+            if is_identity(score_mod):
+                return torch.ops.gna_flex.eager_attention(query, key, value, mask.handle, scale)
+            _refuse_dense(query, key)
+            return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
+        route = route_of(query, key, mask, needs_grad=wants_grad(query, key, value), compiling=True)
+        if route.name == "flex":
+            return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
+        if route.name == "flex-tiles":
+            order = mask.tiles.order
+            mod = in_tile_order(score_mod, order, order)
+            permuted = (order.permute(x) for x in (query, key, value))
+            out, lse, top = func(*permuted, mod, mask.tiles.parts, scale, options, *rest)
+            return order.unpermute(out), *(order.unpermute(x, -1) if x.numel() else x for x in (lse, top))
+        mod = None if is_identity(score_mod) else score_mod
+        return to_base_2(*reference(*autocast(query, key, value), mask, mod, scale))
+
+
+def to_base_2(out: Tensor, lse: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics as the FlexAttention operator returns them."""
+    return out, lse * math.log2(math.e), top * math.log2(math.e)
+
+
+def _refuse_dense(query: Tensor, key: Tensor) -> None:
+    pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    if pairs > EAGER_HOP_PAIRS:
+        raise RuntimeError(
+            f"torch's flex_attention, called without torch.compile and with a score_mod, would hold all {pairs:.1e} "
+            "scores in memory; call gna_flex.flex_attention (same arguments) or compile the caller"
+        )
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: GNABlockMask,
+    *,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    lse: bool = False,
+    top: bool = False,
+    kernel_options: dict[str, Any] | None = None,
+) -> Attention:
+    """Attention outside of any graph: the reference, or a function compiled once for this plan."""
+    query, key, value = autocast(query, key, value)
+    grad = wants_grad(query, key, value)
+    # Tensors that a score_mod captures may want gradients, which the CPU kernel would drop without a word.
+    grad = grad or (score_mod is not None and query.device.type == "cpu" and torch.is_grad_enabled())
+    route = route_of(query, key, mask, needs_grad=grad, wants_stats=lse or top, kernel_options=kernel_options)
+    if route.name == "reference":
+        return reference(query, key, value, mask, score_mod, scale)
+    tiles = mask.tiles if route.name == "flex-tiles" else None
+    on_cpu = query.device.type == "cpu"
+    statics = Statics(
+        order=tiles.order if tiles and not on_cpu else None,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        lse=lse,
+        top=top,
+        kernel_options=tuple(sorted((kernel_options or {}).items())),
+    )
+    block_mask = tiles.block_mask if tiles else mask.plain
+    if not on_cpu:
+        function = compiled(statics, mask, query, key, value, grad, score_mod)
+        return function(statics, query, key, value, block_mask, score_mod)
+    # The CPU kernel neither fuses with permutations nor takes views of one tensor or tensors that want gradients.
+    if tiles:
+        query, key, value = (tiles.order.permute(x) for x in (query, key, value))
+        score_mod = in_tile_order(score_mod, tiles.order, tiles.order)
+    query, key, value = (x.detach().contiguous() for x in (query, key, value))
+    function = compiled(statics, mask, query, key, value, grad, score_mod)
+    out, _, _ = function(statics, query, key, value, block_mask, score_mod)
+    return (tiles.order.unpermute(out) if tiles else out), None, None
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: GNABlockMask, score_mod: ScoreMod | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference under a GNA mask."""
+    return reference_attention(query, key, value, mask.mask_mod, score_mod=score_mod, scale=scale)
+
+
+class Statics(NamedTuple):
+    """Arguments of a call that are compiled in."""
+
+    order: TileOrder | None
+    scale: float | None
+    enable_gqa: bool
+    lse: bool
+    top: bool
+    kernel_options: tuple[tuple[str, Any], ...]
+
+
+def attend(
+    statics: Statics,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    score_mod: ScoreMod | None,
+) -> Attention:
+    """Torch's FlexAttention, in tile order if the statics have one."""
+    order = statics.order
+    if order is not None:
+        query, key, value = order.permute(query), order.permute(key), order.permute(value)
+        score_mod = in_tile_order(score_mod, order, order)
+    options = dict(statics.kernel_options) or None
+    result = torch_flex_attention(
+        query,
+        key,
+        value,
+        score_mod,
+        block_mask,
+        statics.scale,
+        statics.enable_gqa,
+        kernel_options=options,  # type: ignore[arg-type]
+        return_aux=AuxRequest(lse=statics.lse, max_scores=statics.top),
+    )
+    out, aux = result
+    lse, top = aux.lse, aux.max_scores
+    if order is None:
+        return out, lse, top
+    return (
+        order.unpermute(out),
+        None if lse is None else order.unpermute(lse, -1),
+        None if top is None else order.unpermute(top, -1),
+    )
+
+
+_compiled: OrderedDict[Any, Callable[..., Attention]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def compiled(
+    statics: Statics,
+    mask: GNABlockMask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: bool,
+    score_mod: ScoreMod | None,
+) -> Callable[..., Attention]:
+    """:func:`attend` compiled for one plan: mask, sizes, types and options; only the batch size may vary.
+
+    torch.compile gives up on a function after a few variants and then runs FlexAttention densely. Every plan therefore
+    gets a function object, and a code object, of its own.
+    """
+    signature = tuple((x.shape[1:], x.dtype, x.device) for x in (query, key, value))
+    plan = (statics, mask.plan, signature, grad, getattr(score_mod, "__code__", score_mod))
+    with _lock:
+        if plan in _compiled:
+            _compiled.move_to_end(plan)
+            return _compiled[plan]
+        function = torch.compile(_own_code(attend), fullgraph=True)
+        _compiled[plan] = function
+        count = len(_compiled)
+        if count > COMPILED_LIMIT:
+            _compiled.popitem(last=False)
+    if count == COMPILED_LIMIT // 2:
+        log.warning(
+            "compiled FlexAttention for %d different combinations of mask, sizes and options, seconds each; beyond %d "
+            "the oldest are dropped and compile again. Reuse masks and sizes, or pad inputs to a few sizes.",
+            count,
+            COMPILED_LIMIT,
+        )
+    return function
+
+
+_serial = itertools.count()
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function with a code object and name of its own: torch.compile keeps its variants per code object."""
+    name = f"{function.__name__}_{next(_serial)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)

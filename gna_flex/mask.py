@@ -1,0 +1,410 @@
+"""``gna_mask()``: a FlexAttention BlockMask of a GNA, built in closed form, that routes itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks
+
+from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
+from gna_flex.flex import RoutedTuple
+from gna_flex.intervals import ceil_div, key_interval, query_interval
+from gna_flex.mask_mod import MaskMod, mask_mod, to_natural
+from gna_flex.neighborhood import GNA
+from gna_flex.tiling import Interval, TileCounts, TileOrder, choose_tile
+from gna_flex.torch_private import BLOCK_TABLES
+
+DEFAULT_BLOCK = 128
+FULL_WIDTH_ENTRIES = 1 << 22
+"""Up to this many entries the index tables are as wide as torch makes them; beyond it only as wide as needed."""
+PERMUTE_COST = 3.0
+"""Time to bring one block of tokens into tile order and back, in units of one full tile."""
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Everything that fixes a GNA mask but its device. ``gnas`` is one GNA, or one per head."""
+
+    gnas: tuple[GNA, ...]
+    q_order: TileOrder | None
+    kv_order: TileOrder | None
+    q_block: int
+    kv_block: int
+    batch: int | None = None
+    heads: int | None = None
+    and_mask: MaskMod | None = None
+
+    @property
+    def seq_lengths(self) -> tuple[int, int]:
+        """Query and key tokens, padding of tile orders included."""
+        tokens = self.gnas[0].tokens
+        return (
+            self.q_order.tokens if self.q_order else tokens,
+            self.kv_order.tokens if self.kv_order else tokens,
+        )
+
+    @property
+    def block_counts(self) -> tuple[int, int]:
+        """Blocks of queries and of keys."""
+        q_len, kv_len = self.seq_lengths
+        return ceil_div(q_len, self.q_block), ceil_div(kv_len, self.kv_block)
+
+    def mask_mod(self) -> MaskMod:
+        """The mask_mod, in the token order of the plan; the condition of ``and_mask`` is met in natural indices."""
+        near = mask_mod(self.gnas, self.q_order, self.kv_order)
+        if self.and_mask is None:
+            return near
+        extra = self.and_mask
+        if self.q_order is None or self.kv_order is None:
+            return and_masks(near, extra)
+        q_natural, kv_natural = to_natural(self.q_order), to_natural(self.kv_order)
+
+        def extra_in_tile_order(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return extra(b, h, q_natural(q_idx), kv_natural(kv_idx))
+
+        return and_masks(near, extra_in_tile_order)
+
+
+class Tiles(NamedTuple):
+    """The same mask in tile order: the order, its BlockMask, and that as the tuple torch's operator takes."""
+
+    order: TileOrder
+    block_mask: BlockMask
+    parts: tuple[Any, ...]
+
+
+class GNABlockMask(BlockMask):
+    """A BlockMask made by :func:`gna_mask`. It carries its GNA and takes ``flex_attention`` calls over.
+
+    It works wherever torch takes a BlockMask. Slices and crops of it are plain BlockMasks, as torch makes them.
+
+    Attributes:
+        plan: everything that fixes the mask.
+        counts: full, partial and all blocks, summed over the heads that differ.
+        plain: the same block lists as a BlockMask that does not route itself.
+    """
+
+    def __init__(self, plan: MaskPlan, device: torch.device) -> None:
+        tables, self.counts = _tables(plan, device)
+        shared: dict[str, Any] = {
+            "seq_lengths": plan.seq_lengths,
+            **tables,
+            "BLOCK_SIZE": (plan.q_block, plan.kv_block),
+            "mask_mod": plan.mask_mod(),
+        }
+        super().__init__(**shared)
+        self.plain = BlockMask(**shared)
+        self.plan = plan
+        self.handle = f"mask{next(_serial)}"
+        self._tiles: Tiles | None = None
+        # A graph cannot build tables, so they are ready beforehand on devices where compiled code may ask for them.
+        self._tiles_pay = device.type != "cpu" and self.tiles_pay()
+        if self._tiles_pay:
+            self._tiles = _tiles(plan, device)
+        _masks[self.handle] = self
+
+    @property
+    def gna(self) -> GNA | tuple[GNA, ...]:
+        """The GNA of the mask, or one GNA per head."""
+        return self.plan.gnas[0] if len(self.plan.gnas) == 1 else self.plan.gnas
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block lists are."""
+        return self.kv_num_blocks.device
+
+    @property
+    def tiles(self) -> Tiles:
+        """The mask in the tile order predicted to be fastest; built at its first use outside of a graph."""
+        if self._tiles is None:
+            self._tiles = _tiles(self.plan, self.device)
+        return self._tiles
+
+    def has_tiles(self, compiling: bool = False) -> bool:
+        """Whether the mask can be brought into tile order; inside a graph, whether that has been done."""
+        return self._tiles is not None if compiling else _can_tile(self.plan)
+
+    def tiles_pay(self, compiling: bool = False) -> bool:
+        """Whether tile order is predicted to be faster than the tokens as given, permutations included."""
+        if compiling:
+            return self._tiles_pay
+        if not _can_tile(self.plan):
+            return False
+        blocks = len(self.plan.gnas) * self.plan.block_counts[0]
+        return choose_tile(self.plan.gnas)[1].cost + PERMUTE_COST * blocks < self.counts.cost
+
+    def as_tuple(self, flatten: bool = True) -> Any:
+        """What torch passes to its FlexAttention operator: an object like torch's tuple, which routes the call."""
+        parts = super().as_tuple(flatten)  # type: ignore[call-overload]
+        return RoutedTuple(self, parts, eager=not torch.compiler.is_compiling()) if flatten else parts
+
+    def to(self, device: torch.device | str) -> GNABlockMask:
+        """The mask on another device."""
+        target = torch.empty(0, device=device).device
+        return self if target == self.device else GNABlockMask(self.plan, target)
+
+    def __reduce__(self) -> Any:
+        return GNABlockMask, (self.plan, self.device)
+
+    def canonical(self) -> BlockMask:
+        """A plain BlockMask laid out as by ``create_block_mask``: tables as wide as the mask, unused entries filled."""
+        dense = [
+            _dense(getattr(self, kind + "_num_blocks"), getattr(self, kind + "_indices"), self.plan.block_counts[1])
+            for kind in ("kv", "full_kv")
+        ]
+        tables = [table for blocks in (*dense, *(x.mT for x in dense)) for table in _ordered(blocks)]
+        named: dict[str, Any] = dict(zip(BLOCK_TABLES, tables, strict=True))
+        return BlockMask(self.seq_lengths, **named, BLOCK_SIZE=self.BLOCK_SIZE, mask_mod=self.mask_mod)
+
+    def to_dense(self) -> Tensor:
+        """Visited blocks as ones, skipped ones as zeros: ``[B, H, query blocks, key blocks]``, int32."""
+        return self.canonical().to_dense()
+
+    def __getitem__(self, index: Any) -> BlockMask:  # type: ignore[override]
+        return self.canonical()[index]
+
+    def _adjust(self, new_q_len: int, new_kv_len: int) -> BlockMask:  # type: ignore[override]
+        return self.canonical()._adjust(new_q_len, new_kv_len)
+
+    def sparsity(self) -> float:
+        """Percentage of blocks that are skipped."""
+        return 100 * (1 - self.counts.visited / self.counts.total)
+
+    def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4) -> str:
+        """A drawing of the blocks: full cells, partly visited ones, and blanks; ``-1`` draws every block."""
+        rows, columns = self.plan.block_counts
+        cells = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+        steps = [1 if n == -1 else max(1, ceil_div(size, n)) for size, n in zip((rows, columns), cells, strict=True)]
+        shape = (ceil_div(rows, steps[0]), ceil_div(columns, steps[1]))
+        batch, heads = self.kv_num_blocks.shape[:2]
+        pictures = []
+        for b, h in itertools.islice(itertools.product(range(batch), range(heads)), limit):
+            share = self._visited_per_cell(b, h, steps, shape)
+            lines = ["".join(" ░█"[(x > 0) + (x == 1)] * 2 for x in row) for row in share.tolist()]
+            pictures.append("\n".join([f"({b}, {h})", *lines, ""]))
+        if batch * heads > limit:
+            pictures += ["...", "To print out more, set to_string(limit=N)"]
+        return "\n".join(pictures)
+
+    def _visited_per_cell(self, b: int, h: int, steps: list[int], shape: tuple[int, int]) -> Tensor:
+        """Share of visited blocks in every cell of ``steps`` blocks."""
+        visited = torch.zeros(math.prod(shape))
+        for kind in ("kv", "full_kv"):
+            counts, indices = (getattr(self, kind + name)[b, h].cpu() for name in ("_num_blocks", "_indices"))
+            row = torch.arange(len(counts)).repeat_interleave(counts)
+            column = indices[torch.arange(indices.shape[-1]) < counts[:, None]]
+            cell = row // steps[0] * shape[1] + column // steps[1]
+            visited += torch.bincount(cell, minlength=math.prod(shape))
+        sizes = [
+            torch.full((n,), step).clamp(max=total - torch.arange(n) * step)
+            for n, step, total in zip(shape, steps, self.plan.block_counts, strict=True)
+        ]
+        return visited.view(shape) / (sizes[0][:, None] * sizes[1])
+
+    def __repr__(self) -> str:
+        gnas = self.plan.gnas
+        what = str(gnas[0]) if len(gnas) == 1 else f"{len(gnas)} heads, the first with {gnas[0]}"
+        order = "row-major" if self.plan.q_order is None else f"tiles {self.plan.q_order.tile}"
+        if self.plan.kv_order != self.plan.q_order and self.plan.kv_order is not None:
+            order += f" and {self.plan.kv_order.tile}"
+        counts = self.counts
+        return (
+            f"GNABlockMask({what}; order {order}, shape {tuple(self.shape)}, blocks {self.BLOCK_SIZE}, visited "
+            f"{counts.visited} of {counts.total} ({counts.full} full), {self.sparsity():.2f}% skipped, {self.device})"
+        )
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.to_string()}"
+
+
+_serial = itertools.count()
+_masks: weakref.WeakValueDictionary[str, GNABlockMask] = weakref.WeakValueDictionary()
+
+
+def mask_of(handle: str) -> GNABlockMask:
+    """The living mask with this handle."""
+    return _masks[handle]
+
+
+Order = str | int | Sequence[int] | Sequence[Sequence[int]]
+
+
+def gna_mask(
+    gna: GNA | Sequence[GNA],
+    *,
+    order: Order = "row-major",
+    q_block: int | None = None,
+    kv_block: int | None = None,
+    device: torch.device | str | None = None,
+    B: int | None = None,
+    H: int | None = None,
+    and_mask: MaskMod | None = None,
+) -> GNABlockMask:
+    """The BlockMask of a GNA, in closed form: time and memory are those of its block lists, never tokens x tokens.
+
+    Equal to ``create_block_mask`` of the same ``mask_mod``, block by block. Pass it to
+    :func:`gna_flex.flex_attention`, or to torch's own ``flex_attention``, which then takes the same routes.
+
+    Args:
+        gna: one GNA, or one per query head (same layout and text).
+        order: order of the tokens in query, key and value: ``"row-major"``, the natural one; a tile such as
+            ``(4, 4, 8)`` for :class:`gna_flex.TileOrder`; a pair of tiles for queries and keys; or ``"tiles"`` for the
+            tile predicted to be fastest. Tokens must then be brought into that order (:func:`gna_flex.permute`). With
+            the natural order ``flex_attention`` does so by itself where it pays.
+        q_block: query tokens per block; 128, or the tokens of a tile.
+        kv_block: key tokens per block, likewise.
+        device: where the block lists go; by default the accelerator if there is one, as in torch.
+        B: batch size of the block lists, as in ``create_block_mask``; by default they broadcast.
+        H: heads of the block lists, likewise.
+        and_mask: a further condition (a ``mask_mod`` in natural token indices) that a pair has to meet. Blocks are then
+            kept as they are, but none counts as full.
+
+    Raises:
+        ValueError: if the arguments do not fit each other.
+
+    >>> gna_mask(GNA((32, 32), window=8), device="cpu").counts
+    TileCounts(full=0, partial=34, total=64)
+    """
+    gnas = (gna,) if isinstance(gna, GNA) else tuple(gna)
+    _check_heads(gnas, H)
+    q_order, kv_order = _orders(gnas, order, q_block)
+    plan = MaskPlan(
+        gnas=gnas,
+        q_order=q_order,
+        kv_order=kv_order,
+        q_block=_block("q_block", q_block, q_order),
+        kv_block=_block("kv_block", kv_block, kv_order),
+        batch=B,
+        heads=H,
+        and_mask=and_mask,
+    )
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    return GNABlockMask(plan, torch.empty(0, device=device).device)
+
+
+def _check_heads(gnas: tuple[GNA, ...], heads: int | None) -> None:
+    if not gnas or not all(isinstance(gna, GNA) for gna in gnas):
+        raise TypeError(f"gna={gnas!r}: gna_mask takes a GNA, or one GNA per head")
+    if len({(gna.layout, gna.text_first, gna.text_last) for gna in gnas}) > 1:
+        raise ValueError("gna: all heads need the same layout and the same text tokens, but they differ")
+    if len(gnas) > 1 and heads not in (None, len(gnas)):
+        raise ValueError(f"H={heads}, but gna has {len(gnas)} heads")
+
+
+def _orders(gnas: tuple[GNA, ...], order: Order, block: int | None) -> tuple[TileOrder, TileOrder] | tuple[None, None]:
+    """Token orders of queries and keys; ``None`` is row-major."""
+    if order == "row-major":
+        return None, None
+    if len({gna.dilation for gna in gnas}) > 1:
+        raise ValueError(f"order={order!r}: heads with different dilations have no tile order in common")
+    if order == "tiles":
+        tile = TileOrder(gnas[0], choose_tile(gnas, block or DEFAULT_BLOCK)[0])
+        return tile, tile
+    if isinstance(order, str):
+        raise ValueError(f"order={order!r}: give 'row-major', 'tiles', a tile, or a pair of tiles")
+    pair = order if isinstance(order, Sequence) and all(isinstance(t, Sequence) for t in order) else (order, order)
+    if len(pair) != 2:
+        raise ValueError(f"order={order!r}: give one tile, or a pair of tiles for queries and keys")
+    return TileOrder(gnas[0], pair[0]), TileOrder(gnas[0], pair[1])  # type: ignore[arg-type]
+
+
+def _block(name: str, block: int | None, order: TileOrder | None) -> int:
+    if order is not None and block not in (None, order.block):
+        raise ValueError(f"{name}={block}, but a tile {order.tile} has {order.block} tokens")
+    size = block or (order.block if order else DEFAULT_BLOCK)
+    if size < 1:
+        raise ValueError(f"{name}={size}: a block needs at least 1 token")
+    return size
+
+
+def _can_tile(plan: MaskPlan) -> bool:
+    """Whether tokens in the order of the plan can be brought into tile order."""
+    return plan.q_order is None and len({gna.dilation for gna in plan.gnas}) == 1
+
+
+def _tiles(plan: MaskPlan, device: torch.device) -> Tiles:
+    """The plan in its best tile order."""
+    order = TileOrder(plan.gnas[0], choose_tile(plan.gnas)[0])
+    tiled = replace(plan, q_order=order, kv_order=order, q_block=order.block, kv_block=order.block)
+    block_mask = BlockMask(
+        seq_lengths=tiled.seq_lengths,
+        **_tables(tiled, device)[0],
+        BLOCK_SIZE=(order.block, order.block),
+        mask_mod=tiled.mask_mod(),
+    )
+    return Tiles(order, block_mask, block_mask.as_tuple())
+
+
+def _tables(plan: MaskPlan, device: torch.device) -> tuple[dict[str, Any], TileCounts]:
+    """The eight tensors of a BlockMask, and how many blocks are full, partial and there at all."""
+    rows, columns = plan.block_counts
+    keys_of = [_lists(plan, gna, key_interval) for gna in plan.gnas]
+    queries_of = [_lists(plan, gna, query_interval) for gna in plan.gnas]
+    tables = [table for lists in (keys_of, queries_of) for table in _stack(plan, lists, device)]
+    counts = TileCounts(
+        full=sum(int(lists.full_counts.sum()) for lists in keys_of),
+        partial=sum(int(lists.partial_counts.sum()) for lists in keys_of),
+        total=rows * columns * len(plan.gnas),
+    )
+    return dict(zip(BLOCK_TABLES, tables, strict=True)), counts
+
+
+def _lists(plan: MaskPlan, gna: GNA, interval: Interval) -> BlockLists:
+    """Keys per query block (``key_interval``), or queries per key block (``query_interval``)."""
+    sides = [(plan.q_order, plan.q_block), (plan.kv_order, plan.kv_block)]
+    (row_order, row_block), (col_order, col_block) = sides if interval is key_interval else reversed(sides)
+    relation: Relation
+    if row_order is None or col_order is None:
+        relation = RowMajorRelation(gna, row_block, col_block, interval)
+    else:
+        row_order, col_order = replace(row_order, gna=gna), replace(col_order, gna=gna)
+        relation = TiledRelation(row_order, col_order, interval)
+    width = relation.columns if relation.rows * relation.columns <= FULL_WIDTH_ENTRIES else None
+    lists = block_lists(relation, width)
+    return lists if plan.and_mask is None else _all_partial(lists)
+
+
+def _all_partial(lists: BlockLists) -> BlockLists:
+    """The lists with every full block counted as partial, ascending again."""
+    counts = lists.partial_counts + lists.full_counts
+    width = max(int(counts.max()), lists.partial_indices.shape[1])
+    used = [np.arange(table.shape[1]) < count[:, None] for count, table in zip(lists[::2], lists[1::2], strict=True)]
+    last = np.iinfo(np.int32).max
+    both = np.concatenate([np.where(u, t, last) for u, t in zip(used, lists[1::2], strict=True)], 1)
+    both = np.sort(both, 1)[:, :width]
+    both[both == last] = 0
+    return BlockLists(counts, both, np.zeros_like(counts), np.zeros_like(lists.full_indices))
+
+
+def _stack(plan: MaskPlan, lists: list[BlockLists], device: torch.device) -> list[Tensor]:
+    """The four arrays of every head as tensors ``[B, H, rows(, width)]``."""
+    tensors = []
+    for arrays in zip(*lists, strict=True):
+        if len(arrays) > 1 and arrays[0].ndim == 2:
+            width = max(array.shape[1] for array in arrays)
+            arrays = tuple(np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays)
+        table = torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])[None].to(device)
+        tensors.append(table.expand(plan.batch or 1, plan.heads or len(plan.gnas), *table.shape[2:]))
+    return tensors
+
+
+def _dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """A list of blocks as booleans ``[B, H, rows, columns]``."""
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
+    return dense.scatter_(-1, torch.where(used, indices, columns).long(), True)[..., :columns]
+
+
+def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Booleans ``[B, H, rows, columns]`` as counts and indices, set ones first; every row lists every column."""
+    indices = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return dense.sum(-1, dtype=torch.int32), indices.to(torch.int32)

@@ -1,0 +1,144 @@
+"""Which route a call takes, and why: a pure function of a few facts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+ROUTES = ("flex-tiles", "flex", "reference")
+"""Routes in order of preference: compiled FlexAttention in tile order, the same in the given order, the reference."""
+
+FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLEX_DEVICES = ("cuda", "xpu")
+FLEX_MIN_HEAD_DIM = 16
+CPU_FLEX_PAIRS = 1 << 30
+"""On a CPU, compiling pays above about this many (query, key) pairs over batch and heads."""
+REFERENCE_PAIRS = 1 << 36
+"""Beyond this many pairs the reference is refused: it would run for hours."""
+
+
+class Facts(NamedTuple):
+    """What the choice depends on.
+
+    ``pairs`` is batch x heads x queries x keys. ``has_tiles`` and ``tiles_pay`` say whether the mask has a tile order
+    and whether it is predicted to be faster. ``wants_stats``: log-sum-exp or maximum is returned. ``backend`` is the
+    ``BACKEND`` of FlexAttention's kernel options.
+    """
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    pairs: int
+    needs_grad: bool
+    wants_stats: bool
+    compiling: bool
+    has_tiles: bool
+    tiles_pay: bool
+    backend: str = "AUTO"
+
+
+class Route(NamedTuple):
+    """The chosen route, why, and why not each route that is preferred to it."""
+
+    name: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.reason}", *(f"  not {name}: {reason}" for name, reason in self.rejected)]
+        return "\n".join(lines)
+
+
+def choose_route(facts: Facts) -> Route:
+    """The first route that can take the call and pays, or the forced one.
+
+    Raises:
+        RuntimeError: if the forced route, or every route, cannot take the call; the message says why.
+    """
+    rejected: tuple[tuple[str, str], ...] = ()
+    for name in ROUTES if _forced is None else (_forced,):
+        obstacle = obstacle_to(name, facts) or (unprofitable(name, facts) if _forced is None else "")
+        if not obstacle:
+            return Route(name, _REASONS[name] if _forced is None else "forced", rejected)
+        rejected = (*rejected, (name, obstacle))
+    reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
+    raise RuntimeError(f"gna_flex.flex_attention has no route for this call:\n{reasons}")
+
+
+_REASONS = {
+    "flex-tiles": "compiled FlexAttention in tile order is predicted to be fastest",
+    "flex": "compiled FlexAttention in the order of the tokens as given",
+    "reference": "plain attention with the whole mask",
+}
+
+
+def obstacle_to(name: str, facts: Facts) -> str:
+    """Why a route cannot take a call; empty if it can."""
+    if name == "reference":
+        if facts.backend != "AUTO":
+            return f"kernel_options ask for BACKEND={facts.backend}"
+        if facts.pairs > REFERENCE_PAIRS:
+            return f"it computes every one of the {facts.pairs:.1e} pairs"
+        return ""
+    if facts.dtype not in FLEX_DTYPES:
+        return f"FlexAttention has no kernel for {facts.dtype}"
+    if facts.device in FLEX_DEVICES:
+        if facts.head_dim < FLEX_MIN_HEAD_DIM:
+            return f"FlexAttention needs a head dim of at least {FLEX_MIN_HEAD_DIM}, not {facts.head_dim}"
+    elif facts.device == "cpu":
+        # torch's CPU kernel: no backward, no statistics, and it cannot be fused with what follows it in a graph.
+        if facts.needs_grad:
+            return "FlexAttention has no backward on the CPU (with a score_mod, call it under torch.no_grad())"
+        if facts.wants_stats:
+            return "FlexAttention returns no statistics on the CPU"
+        if facts.compiling:
+            return "FlexAttention inside a compiled CPU graph fails when a pointwise operation follows"
+    else:
+        return f"FlexAttention is not used on {facts.device}"
+    if name == "flex-tiles":
+        if facts.backend != "AUTO":
+            return f"kernel_options ask for BACKEND={facts.backend} on the tokens as given"
+        if not facts.has_tiles:
+            return "the mask has no tile order (its tokens are in tile order already, or its heads differ in dilation)"
+    return ""
+
+
+def unprofitable(name: str, facts: Facts) -> str:
+    """Why a route that can take a call is not worth it; empty if it is."""
+    if name == "reference":
+        return ""
+    if facts.device == "cpu" and facts.pairs < CPU_FLEX_PAIRS:
+        return f"compiling for the CPU pays only above {CPU_FLEX_PAIRS:.0e} pairs, this call has {facts.pairs:.1e}"
+    if name == "flex-tiles" and not facts.tiles_pay:
+        return "the tokens as given are predicted to be as fast"
+    return ""
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Forces a route (one of :data:`ROUTES`) inside a ``with`` block; ``None`` chooses automatically.
+
+    The environment variable ``GNA_FLEX_BACKEND``, read at import, does the same for a whole process.
+
+    >>> with backend("reference"):
+    ...     pass
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in ROUTES:
+        raise ValueError(f"backend={name!r} is not a route; routes are {', '.join(ROUTES)}")
+    return name
+
+
+_forced: str | None = os.environ.get("GNA_FLEX_BACKEND") or None

@@ -1,0 +1,41 @@
+"""Every private name of torch that this package relies on. ``tests/test_torch_private.py`` fails when one changes.
+
+Checked with torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch._higher_order_ops.flex_attention import flex_attention as _hop
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import flex_attention as _flex_module
+
+__all__ = ["BLOCK_TABLES", "HOP_ARGUMENTS", "FakeTensor", "flex_attention_hop", "is_identity", "sliced_mask_mod"]
+
+BLOCK_TABLES = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+"""Tensors of a BlockMask, in the order of its constructor."""
+
+flex_attention_hop: Any = _hop
+"""The FlexAttention operator that torch's front end calls, in eager mode and in graphs."""
+
+HOP_ARGUMENTS = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")
+"""Leading arguments of ``flex_attention_hop``. It returns output, log-sum-exp and maximum, both in base 2."""
+
+_identity = _flex_module._identity
+sliced_mask_mod = getattr(_flex_module, "_sliced_mask_mod_error", None)
+"""mask_mod of a sliced BlockMask, which torch refuses to run."""
+
+
+def is_identity(score_mod: Any) -> bool:
+    """Whether torch's front end was called without a score_mod."""
+    return score_mod is None or score_mod is _identity
