@@ -82,7 +82,7 @@ def _time_mask(name: str, gna: GNA, order: Any, device: str, repeats: int) -> tu
         mod, block = plan.mask_mod(), (plan.q_block, plan.kv_block)
 
         def build() -> BlockMask:
-            return compiled(mod, None, None, q_len, kv_len, device=device, BLOCK_SIZE=block)  # type: ignore[no-any-return]
+            return compiled(mod, None, None, q_len, kv_len, device=device, BLOCK_SIZE=block)
 
         build()
     before = _resident_mib()
@@ -94,7 +94,8 @@ def _time_mask(name: str, gna: GNA, order: Any, device: str, repeats: int) -> tu
         mask = build()
         _synchronize(device)
         times.append((time.perf_counter() - begin) * 1e3)
-    assert mask is not None and mask.full_kv_num_blocks is not None
+    assert mask is not None
+    assert mask.full_kv_num_blocks is not None
     counts = (int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum()))
     return statistics.median(times), _resident_mib() - before, counts
 
@@ -166,15 +167,15 @@ def _time_attention(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backw
     torch.autograd.grad(out, inputs, grad) if out is not None else run()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop)
+    return float(start.elapsed_time(stop))
 
 
 def _check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:
-    """Compares random queries with the reference in float64; the budget is what rounding the result to its type loses."""
+    """Compares random queries with the reference in float64; the budget is what rounding to the type may lose."""
     picked = torch.randint(q.shape[2], (rows,), device=q.device)
     one = slice(0, 1)
-    args = (x[one, one].double() for x in (q[:, :, picked], k, v))
-    exact = reference_attention(*args, lambda b, h, i, j: mask.mask_mod(b, h, picked[i], j))[0]
+    query, key, value = (x[one, one].double() for x in (q[:, :, picked], k, v))
+    exact = reference_attention(query, key, value, lambda b, h, i, j: mask.mask_mod(b, h, picked[i], j))[0]
     error = (out[one, one, picked].double() - exact).abs().max().item()
     budget = 4 * torch.finfo(q.dtype).eps * v.abs().max().item()
     if not error <= budget:

@@ -49,6 +49,13 @@ def select(condition: Value, a: Value, b: Value) -> Value:
     return a if condition else b
 
 
+def equal(a: Value, b: Value) -> Value:
+    """Whether two values are equal; for SymPy the equation, not a comparison of the expressions."""
+    if isinstance(a, sympy.Basic) or isinstance(b, sympy.Basic):
+        return sympy.Eq(a, b)
+    return a == b
+
+
 def ceil_div(a: Value, b: Value) -> Value:
     """``a / b`` rounded up."""
     return -(-a // b)
@@ -115,4 +122,4 @@ def attends(q: Value, k: Value, length: Value, window: Value, stride: Value, dil
     if isinstance(dilation, int) and dilation == 1:
         return sees(q, k, length, window, stride, causal)
     size = group_length(length, dilation, q % dilation)
-    return (q % dilation == k % dilation) & sees(q // dilation, k // dilation, size, window, stride, causal)
+    return equal(q % dilation, k % dilation) & sees(q // dilation, k // dilation, size, window, stride, causal)

@@ -18,7 +18,7 @@ from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelatio
 from gna_flex.flex import RoutedTuple
 from gna_flex.intervals import ceil_div, key_interval, query_interval
 from gna_flex.mask_mod import MaskMod, mask_mod, to_natural
-from gna_flex.neighborhood import GNA
+from gna_flex.neighborhood import GNA, as_int
 from gna_flex.tiling import Interval, TileCounts, TileOrder, choose_tile
 from gna_flex.torch_private import BLOCK_TABLES
 
@@ -307,7 +307,7 @@ def _orders(gnas: tuple[GNA, ...], order: Order, block: int | None) -> tuple[Til
     if len({gna.dilation for gna in gnas}) > 1:
         raise ValueError(f"order={order!r}: heads with different dilations have no tile order in common")
     if order == "tiles":
-        tile = TileOrder(gnas[0], choose_tile(gnas, block or DEFAULT_BLOCK)[0])
+        tile = TileOrder(gnas[0], choose_tile(gnas, DEFAULT_BLOCK if block is None else block)[0])
         return tile, tile
     if isinstance(order, str):
         raise ValueError(f"order={order!r}: give 'row-major', 'tiles', a tile, or a pair of tiles")
@@ -318,11 +318,13 @@ def _orders(gnas: tuple[GNA, ...], order: Order, block: int | None) -> tuple[Til
 
 
 def _block(name: str, block: int | None, order: TileOrder | None) -> int:
-    if order is not None and block not in (None, order.block):
-        raise ValueError(f"{name}={block}, but a tile {order.tile} has {order.block} tokens")
-    size = block or (order.block if order else DEFAULT_BLOCK)
+    if block is None:
+        return order.block if order else DEFAULT_BLOCK
+    size = as_int(name, block)
     if size < 1:
         raise ValueError(f"{name}={size}: a block needs at least 1 token")
+    if order is not None and size != order.block:
+        raise ValueError(f"{name}={size}, but a tile {order.tile} has {order.block} tokens")
     return size
 
 

@@ -65,10 +65,9 @@ class GNA:
         sizes = per_dim("layout", layout, None, as_int)
         if not 1 <= len(sizes) <= 3:
             raise ValueError(f"layout={layout!r} has {len(sizes)} dimensions; GNA layouts have 1, 2 or 3")
-        n = len(sizes)
-        windows = per_dim("window", window, n, as_int)
-        strides = per_dim("stride", stride, n, as_int)
-        dilations = per_dim("dilation", dilation, n, as_int)
+        windows = per_dim("window", window, sizes, as_int)
+        strides = per_dim("stride", stride, sizes, as_int)
+        dilations = per_dim("dilation", dilation, sizes, as_int)
         dims = [
             _normalise_dim(axis, sizes, w, s, d, clamp)
             for axis, (w, s, d) in enumerate(zip(windows, strides, dilations, strict=True))
@@ -78,7 +77,7 @@ class GNA:
             "window": tuple(w for w, _, _ in dims),
             "stride": tuple(s for _, s, _ in dims),
             "dilation": tuple(d for _, _, d in dims),
-            "causal": per_dim("causal", causal, n, _as_bool),
+            "causal": per_dim("causal", causal, sizes, _as_bool),
             "text_first": _as_count("text_first", text_first, sizes),
             "text_last": _as_count("text_last", text_last, sizes),
         }
@@ -113,8 +112,8 @@ class GNA:
         (14, 14)
         """
         sizes = per_dim("layout", layout, None, as_int)
-        blocks = per_dim("block", block, len(sizes), as_int)
-        halos = per_dim("halo", halo, len(sizes), as_int)
+        blocks = per_dim("block", block, sizes, as_int)
+        halos = per_dim("halo", halo, sizes, as_int)
         return cls(sizes, tuple(b + 2 * h for b, h in zip(blocks, halos, strict=True)), stride=blocks, **options)
 
     @classmethod
@@ -193,6 +192,10 @@ def _normalise_dim(
         raise refuse("dilation", dilation, "dilation must be at least 1")
     if stride < 1:
         raise refuse("stride", stride, "stride must be at least 1")
+    if window < 1 and window != -1:
+        raise refuse("window", window, "window must be at least 1, or -1 for the whole dimension")
+    if stride > window != -1:
+        raise refuse("stride", stride, f"stride must not exceed the window {window}, or keys are lost between windows")
     if clamp:
         dilation = min(dilation, length)
         window = min(window, length // dilation)
@@ -200,8 +203,6 @@ def _normalise_dim(
         if length % dilation:
             raise refuse("window", window, f"the whole dimension needs dilation={dilation} to divide {length}")
         window = length // dilation
-    if window < 1:
-        raise refuse("window", window, "window must be at least 1, or -1 for the whole dimension")
     if window * dilation > length:
         raise refuse(
             "window",
@@ -209,26 +210,28 @@ def _normalise_dim(
             f"window * dilation = {window} * {dilation} = {window * dilation} must not exceed {length} "
             "(clamp=True shrinks the window to the grid)",
         )
-    if clamp:
-        stride = min(stride, window)
-    if stride > window:
-        raise refuse(
-            "stride", stride, f"stride must not exceed the window {window}: keys between windows would be lost"
-        )
-    return window, stride, dilation
+    if stride > window and not clamp:
+        raise refuse("stride", stride, f"stride must not exceed the window {window}, the whole dimension")
+    return window, min(stride, window), dilation
 
 
-def per_dim(name: str, value: Any, ndim: int | None, convert: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    """One value per dimension; a single value is repeated."""
+def per_dim(
+    name: str, value: Any, layout: tuple[int, ...] | None, convert: Callable[[str, Any], Any]
+) -> tuple[Any, ...]:
+    """One value per dimension of the layout (``None``: this is the layout); a single value is repeated."""
     if isinstance(value, Iterable) and not isinstance(value, str):
         values = tuple(convert(name, v) for v in value)
-        if ndim is not None and len(values) != ndim:
-            raise ValueError(f"{name}={value!r} has {len(values)} values, but the layout has {ndim} dimensions")
+        if layout is not None and len(values) != len(layout):
+            raise ValueError(
+                f"{name}={value!r} has {len(values)} values, but layout {layout} has {len(layout)} dimensions: "
+                "give one value, or one per dimension"
+            )
         return values
-    return (convert(name, value),) * (1 if ndim is None else ndim)
+    return (convert(name, value),) * (1 if layout is None else len(layout))
 
 
 def as_int(name: str, value: Any) -> int:
+    """An integer of any kind (not a bool) as an int."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} takes integers, one or one per dimension, but got {value!r}")
     return operator.index(value)

@@ -59,6 +59,8 @@ def choose_route(facts: Facts) -> Route:
     Raises:
         RuntimeError: if the forced route, or every route, cannot take the call; the message says why.
     """
+    if _forced is not None and _forced not in ROUTES:
+        raise ValueError(f"GNA_FLEX_BACKEND={_forced!r} is not a route; routes are {', '.join(ROUTES)}")
     rejected: tuple[tuple[str, str], ...] = ()
     for name in ROUTES if _forced is None else (_forced,):
         obstacle = obstacle_to(name, facts) or (unprofitable(name, facts) if _forced is None else "")
@@ -128,17 +130,13 @@ def backend(name: str | None) -> Iterator[None]:
     ...     pass
     """
     global _forced
-    previous, _forced = _forced, _checked(name)
+    if name is not None and name not in ROUTES:
+        raise ValueError(f"backend={name!r} is not a route; routes are {', '.join(ROUTES)}")
+    previous, _forced = _forced, name
     try:
         yield
     finally:
         _forced = previous
-
-
-def _checked(name: str | None) -> str | None:
-    if name is not None and name not in ROUTES:
-        raise ValueError(f"backend={name!r} is not a route; routes are {', '.join(ROUTES)}")
-    return name
 
 
 _forced: str | None = os.environ.get("GNA_FLEX_BACKEND") or None

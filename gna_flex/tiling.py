@@ -48,7 +48,7 @@ class TileOrder:
     tile: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        tile = per_dim("tile", self.tile, self.gna.ndim, as_int)
+        tile = per_dim("tile", self.tile, self.gna.layout, as_int)
         if min(tile) < 1:
             raise ValueError(f"tile={tile} for layout {self.gna.layout}: every side must be at least 1")
         object.__setattr__(self, "tile", tile)
