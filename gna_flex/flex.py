@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from gna_flex.mask_mod import to_natural
 from gna_flex.reference import ScoreMod, reference_attention
 from gna_flex.routing import Facts, Route, choose_route
 from gna_flex.tiling import TileOrder
@@ -36,14 +35,27 @@ EAGER_HOP_PAIRS = 1 << 31
 """torch's eager FlexAttention holds all pairs in memory several times; beyond this many it is refused."""
 
 
-def in_tile_order(score_mod: ScoreMod | None, q_order: TileOrder, kv_order: TileOrder) -> ScoreMod | None:
+class Tiles(NamedTuple):
+    """A mask in tile order: the order, its BlockMask, that as the tuple torch's operator takes, and literal functions.
+
+    ``permute`` and ``unpermute`` take a tensor and a dimension, ``to_natural`` an index.
+    """
+
+    order: TileOrder
+    block_mask: BlockMask
+    parts: tuple[Any, ...]
+    permute: Callable[[Tensor, int], Tensor]
+    unpermute: Callable[[Tensor, int], Tensor]
+    to_natural: Callable[[Tensor], Tensor]
+
+
+def in_tile_order(score_mod: ScoreMod | None, to_natural: Callable[[Tensor], Tensor]) -> ScoreMod | None:
     """A score_mod for tokens in tile order that hands natural indices to ``score_mod``."""
     if score_mod is None or is_identity(score_mod):
         return score_mod
-    q_natural, kv_natural = to_natural(q_order), to_natural(kv_order)
 
     def tiled_score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h, q_natural(q_idx), kv_natural(kv_idx))
+        return score_mod(score, b, h, to_natural(q_idx), to_natural(kv_idx))
 
     return tiled_score_mod
 
@@ -127,11 +139,12 @@ class RoutedTuple:
         if route.name == "flex":
             return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
         if route.name == "flex-tiles":
-            order = mask.tiles.order
-            mod = in_tile_order(score_mod, order, order)
-            permuted = (order.permute(x) for x in (query, key, value))
-            out, lse, top = func(*permuted, mod, mask.tiles.parts, scale, options, *rest)
-            return order.unpermute(out), *(order.unpermute(x, -1) if x.numel() else x for x in (lse, top))
+            tiles = mask.tiles
+            mod = in_tile_order(score_mod, tiles.to_natural)
+            permuted = [tiles.permute(x, -2) for x in (query, key, value)]
+            out, lse, top = func(*permuted, mod, tiles.parts, scale, options, *rest)
+            stats = [tiles.unpermute(x, -1) if x.numel() else x for x in (lse, top)]
+            return tiles.unpermute(out, -2), *stats
         mod = None if is_identity(score_mod) else score_mod
         return to_base_2(*reference(*autocast(query, key, value), mask, mod, scale))
 
@@ -174,24 +187,22 @@ def eager_attention(
     tiles = mask.tiles if route.name == "flex-tiles" else None
     on_cpu = query.device.type == "cpu"
     statics = Statics(
-        order=tiles.order if tiles and not on_cpu else None,
         scale=scale,
         enable_gqa=enable_gqa,
         lse=lse,
         top=top,
         kernel_options=tuple(sorted((kernel_options or {}).items())),
     )
-    block_mask = tiles.block_mask if tiles else mask.plain
     if not on_cpu:
-        function = compiled(statics, mask, query, key, value, grad, score_mod)
-        return function(statics, query, key, value, block_mask, score_mod)
+        function = compiled(statics, mask, tiles, query, key, value, grad, score_mod)
+        return function(statics, query, key, value, mask.plain, score_mod, tiles)
     # The CPU kernel neither fuses with permutations nor takes views of one tensor or tensors that want gradients.
     if tiles:
         query, key, value = (tiles.order.permute(x) for x in (query, key, value))
-        score_mod = in_tile_order(score_mod, tiles.order, tiles.order)
+        score_mod = in_tile_order(score_mod, tiles.to_natural)
     query, key, value = (x.detach().contiguous() for x in (query, key, value))
-    function = compiled(statics, mask, query, key, value, grad, score_mod)
-    out, _, _ = function(statics, query, key, value, block_mask, score_mod)
+    function = compiled(statics, mask, tiles, query, key, value, grad, score_mod)
+    out, _, _ = function(statics, query, key, value, tiles.block_mask if tiles else mask.plain, score_mod, None)
     return (tiles.order.unpermute(out) if tiles else out), None, None
 
 
@@ -205,7 +216,6 @@ def reference(
 class Statics(NamedTuple):
     """Arguments of a call that are compiled in."""
 
-    order: TileOrder | None
     scale: float | None
     enable_gqa: bool
     lse: bool
@@ -220,12 +230,12 @@ def attend(
     value: Tensor,
     block_mask: BlockMask,
     score_mod: ScoreMod | None,
+    tiles: Tiles | None,
 ) -> Attention:
-    """Torch's FlexAttention, in tile order if the statics have one."""
-    order = statics.order
-    if order is not None:
-        query, key, value = order.permute(query), order.permute(key), order.permute(value)
-        score_mod = in_tile_order(score_mod, order, order)
+    """Torch's FlexAttention: with the block mask on the tokens as given, or in tile order."""
+    if tiles is not None:
+        query, key, value = tiles.permute(query, -2), tiles.permute(key, -2), tiles.permute(value, -2)
+        score_mod, block_mask = in_tile_order(score_mod, tiles.to_natural), tiles.block_mask
     options = dict(statics.kernel_options) or None
     result = torch_flex_attention(
         query,
@@ -240,12 +250,12 @@ def attend(
     )
     out, aux = result
     lse, top = aux.lse, aux.max_scores
-    if order is None:
+    if tiles is None:
         return out, lse, top
     return (
-        order.unpermute(out),
-        None if lse is None else order.unpermute(lse, -1),
-        None if top is None else order.unpermute(top, -1),
+        tiles.unpermute(out, -2),
+        None if lse is None else tiles.unpermute(lse, -1),
+        None if top is None else tiles.unpermute(top, -1),
     )
 
 
@@ -256,6 +266,7 @@ _lock = threading.Lock()
 def compiled(
     statics: Statics,
     mask: GNABlockMask,
+    tiles: Tiles | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -268,7 +279,7 @@ def compiled(
     gets a function object, and a code object, of its own.
     """
     signature = tuple((x.shape[1:], x.dtype, x.device) for x in (query, key, value))
-    plan = (statics, mask.plan, signature, grad, getattr(score_mod, "__code__", score_mod))
+    plan = (statics, mask.plan, tiles is None, signature, grad, getattr(score_mod, "__code__", score_mod))
     with _lock:
         if plan in _compiled:
             _compiled.move_to_end(plan)

@@ -34,8 +34,20 @@ def minimum(a: Value, b: Value) -> Value:
 
 
 def maximum(a: Value, b: Value) -> Value:
-    """Elementwise larger of two values of any supported kind."""
-    return -minimum(-a, -b)
+    """Elementwise larger of two values of any supported kind.
+
+    Not ``-minimum(-a, -b)``: NVIDIA's assembler of CUDA 13 drops such negations in some kernels (pytorch issue 190973),
+    which gave wrong attention on an H200.
+    """
+    if isinstance(a, torch.Tensor):
+        return torch.maximum(a, b) if isinstance(b, torch.Tensor) else a.clamp(min=b)
+    if isinstance(b, torch.Tensor):
+        return b.clamp(min=a)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.maximum(a, b)
+    if isinstance(a, sympy.Basic) or isinstance(b, sympy.Basic):
+        return sympy.Max(a, b)
+    return max(a, b)
 
 
 def select(condition: Value, a: Value, b: Value) -> Value:

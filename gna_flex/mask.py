@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
-from gna_flex.flex import RoutedTuple
+from gna_flex.flex import RoutedTuple, Tiles
 from gna_flex.intervals import ceil_div, key_interval, query_interval
 from gna_flex.mask_mod import MaskMod, mask_mod, to_natural
 from gna_flex.neighborhood import GNA, as_int
@@ -25,8 +25,8 @@ from gna_flex.torch_private import BLOCK_TABLES
 DEFAULT_BLOCK = 128
 FULL_WIDTH_ENTRIES = 1 << 22
 """Up to this many entries the index tables are as wide as torch makes them; beyond it only as wide as needed."""
-PERMUTE_COST = 3.0
-"""Time to bring one block of tokens into tile order and back, in units of one full tile."""
+PERMUTE_COST = 12.0
+"""Time to bring query, key and value of a block into tile order and the output back, in full tiles (H200: 10 to 13)."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,6 @@ class MaskPlan:
             return extra(b, h, q_natural(q_idx), kv_natural(kv_idx))
 
         return and_masks(near, extra_in_tile_order)
-
-
-class Tiles(NamedTuple):
-    """The same mask in tile order: the order, its BlockMask, and that as the tuple torch's operator takes."""
-
-    order: TileOrder
-    block_mask: BlockMask
-    parts: tuple[Any, ...]
 
 
 class GNABlockMask(BlockMask):
@@ -191,7 +183,8 @@ class GNABlockMask(BlockMask):
             lines = ["".join(" ░█"[(x > 0) + (x == 1)] * 2 for x in row) for row in share.tolist()]
             pictures.append("\n".join([f"({b}, {h})", *lines, ""]))
         if batch * heads > limit:
-            pictures += ["...", "To print out more, set to_string(limit=N)"]
+            pictures += ["...", "To print out more, set BlockMask.to_string(limit=N)"]
+            pictures += ["You can also index (BlockMask[batch, head]) to choose a specific batch or head"]
         return "\n".join(pictures)
 
     def _visited_per_cell(self, b: int, h: int, steps: list[int], shape: tuple[int, int]) -> Tensor:
@@ -271,7 +264,7 @@ def gna_mask(
         ValueError: if the arguments do not fit each other.
 
     >>> gna_mask(GNA((32, 32), window=8), device="cpu").counts
-    TileCounts(full=0, partial=34, total=64)
+    TileCounts(full=0, partial=22, total=64)
     """
     gnas = (gna,) if isinstance(gna, GNA) else tuple(gna)
     _check_heads(gnas, H)
@@ -287,7 +280,7 @@ def gna_mask(
         and_mask=and_mask,
     )
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return GNABlockMask(plan, torch.empty(0, device=device).device)
 
 
@@ -343,7 +336,7 @@ def _tiles(plan: MaskPlan, device: torch.device) -> Tiles:
         BLOCK_SIZE=(order.block, order.block),
         mask_mod=tiled.mask_mod(),
     )
-    return Tiles(order, block_mask, block_mask.as_tuple())
+    return Tiles(order, block_mask, block_mask.as_tuple(), *order.literal_permutations(), to_natural(order))
 
 
 def _tables(plan: MaskPlan, device: torch.device) -> tuple[dict[str, Any], TileCounts]:

@@ -1,22 +1,20 @@
-"""``mask_mod`` functions for FlexAttention, generated so that every number is a literal.
+"""``mask_mod`` functions for FlexAttention: generated source that decodes indices and calls the rule.
 
-Integers captured by a closure become symbolic sizes once torch.compile has seen two of them: the kernel then divides by
-run-time values, and one compiled function accumulates variants. Literals stay constants and give one graph per mask.
-The rule itself is not generated: the source only decodes indices and calls :mod:`gna_flex.intervals`.
+The rule itself is not generated; it is :mod:`gna_flex.intervals`. Every number is a literal (:mod:`gna_flex.literal`).
 """
 
 from __future__ import annotations
 
 import functools
-import linecache
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gna_flex import intervals
+from gna_flex.literal import literal_function
 from gna_flex.neighborhood import GNA
 from gna_flex.tiling import TileOrder
 
@@ -57,7 +55,7 @@ def mask_mod(gnas: tuple[GNA, ...], q_order: TileOrder | None = None, kv_order: 
         if q_order is None:
             near = near.replace(" & k_valid", "").replace(" & q_valid", "")
     lines.append(f"    return {near}")
-    return _compile(lines, "gna_mask_mod")
+    return literal_function("gna_mask_mod", lines, _NAMES)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -79,7 +77,7 @@ def to_natural(order: TileOrder) -> Callable[[Tensor], Tensor]:
         shift = gna.text_first + gna.grid_tokens - (order.tokens - last)
         end = f"minimum(index + {shift}, {gna.tokens - 1})"
         lines.append(f"    token = select(index >= {order.tokens - last}, {end}, token)")
-    return _compile([*lines, "    return token"], "to_natural")
+    return literal_function("to_natural", [*lines, "    return token"], _NAMES)
 
 
 def _decode(gna: GNA, order: TileOrder | None, name: str, index: str) -> list[str]:
@@ -148,13 +146,3 @@ def per_head(h: Tensor, values: tuple[Any, ...]) -> Tensor:
 _NAMES = {"per_head": per_head} | {
     name: getattr(intervals, name) for name in ("attends", "sees", "group_length", "minimum", "select")
 }
-
-
-def _compile(lines: list[str], name: str) -> Callable[..., Tensor]:
-    """The function of some source lines; the source is registered so that tracebacks and ``inspect`` show it."""
-    source = "\n".join(lines) + "\n"
-    filename = f"<gna_flex {name} {abs(hash(source)):x}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace = dict(_NAMES)
-    exec(compile(source, filename, "exec"), namespace)
-    return cast(Callable[..., Tensor], namespace[name])

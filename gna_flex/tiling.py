@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from gna_flex.intervals import ceil_div, group_length, key_interval
+from gna_flex.literal import literal_function
 from gna_flex.neighborhood import GNA, Ints, as_int, per_dim
 
 Interval = Callable[..., tuple[Any, Any]]
 """``key_interval`` or ``query_interval``: from a position to the positions on the other side."""
 
-PARTIAL_COST = 1.75
-"""Time of a partial tile over a full one in compiled FlexAttention on an H200 (3-D masks, head dim 128)."""
+PARTIAL_COST = 2.5
+"""Time of a partial tile over a full one in compiled FlexAttention: 2.2 to 3.0 measured on an H200, head dim 128."""
 
 
 @dataclass(frozen=True)
@@ -84,50 +85,85 @@ class TileOrder:
 
         Made of views and one copy: any dtype, differentiable. ``[..., S, D]`` becomes ``[..., tokens, D]``.
         """
-        g, n = self.gna, self.gna.ndim
-        dim = self._check(x, dim, g.tokens, "the natural order")
-        before, after = x.shape[:dim], x.shape[dim + 1 :]
-        text_first, grid, text_last = x.split([g.text_first, g.grid_tokens, g.text_last], dim)
-        grid = grid.reshape(*before, *g.layout, *after)
-        padded = [math.prod(axis) for axis in self._axes()]
-        grid = _pad(grid, {dim + a: padded[a] for a in range(n)})
-        # Split every dimension into (tile, place in the tile, dilation group), then bring equal kinds together.
-        grid = grid.reshape(*before, *(size for axis in self._axes() for size in axis), *after)
-        grid = _reorder(grid, dim, [3 * a + kind for kind in (2, 0, 1) for a in range(n)])
-        grid = grid.reshape(*before, -1, *after)
-        if not (g.text_first or g.text_last):
-            return grid
-        first, last = (count * self.block for count in self.text_blocks)
-        return torch.cat([_pad(text_first, {dim: first}), grid, _pad(text_last, {dim: last})], dim)
+        self._check(x, dim, self.gna.tokens, "the natural order")
+        return to_tiles(x, dim, *self._geometry())
 
     def unpermute(self, x: Tensor, dim: int = -2) -> Tensor:
         """Inverse of :meth:`permute`: drops the padding. ``[..., tokens, D]`` becomes ``[..., S, D]``."""
-        g, n = self.gna, self.gna.ndim
-        dim = self._check(x, dim, self.tokens, "the tile order")
-        before, after = x.shape[:dim], x.shape[dim + 1 :]
+        self._check(x, dim, self.tokens, "the tile order")
+        return from_tiles(x, dim, *self._geometry())
+
+    def literal_permutations(self) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
+        """:meth:`permute` and :meth:`unpermute` with all sizes as literals, for use inside of compiled code."""
+        arguments = ", ".join(str(value) for value in self._geometry())
+        names = {"to_tiles": to_tiles, "from_tiles": from_tiles}
+        return (
+            literal_function("permute", ["def permute(x, dim):", f"    return to_tiles(x, dim, {arguments})"], names),
+            literal_function(
+                "unpermute", ["def unpermute(x, dim):", f"    return from_tiles(x, dim, {arguments})"], names
+            ),
+        )
+
+    def _geometry(self) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...], tuple[int, int], tuple[int, int]]:
+        """Layout, axes (tiles, places in a tile, dilation groups), text tokens, and text places with padding."""
+        gna = self.gna
         first, last = (count * self.block for count in self.text_blocks)
-        text_first, grid, text_last = x.split([first, self.tokens - first - last, last], dim)
-        grid = grid.reshape(*before, *g.dilation, *self.tiles, *self.tile, *after)
-        grid = _reorder(grid, dim, [kind * n + a for a in range(n) for kind in (1, 2, 0)])
-        grid = grid.reshape(*before, *(math.prod(axis) for axis in self._axes()), *after)
-        for a, length in enumerate(g.layout):
-            grid = grid.narrow(dim + a, 0, length)
-        grid = grid.reshape(*before, -1, *after)
-        if not (g.text_first or g.text_last):
-            return grid
-        return torch.cat([text_first.narrow(dim, 0, g.text_first), grid, text_last.narrow(dim, 0, g.text_last)], dim)
+        axes = tuple(zip(self.tiles, self.tile, gna.dilation, strict=True))
+        return gna.layout, axes, (gna.text_first, gna.text_last), (first, last)
 
-    def _axes(self) -> Iterator[tuple[int, int, int]]:
-        """Per dimension: tiles, places in a tile, dilation groups."""
-        return zip(self.tiles, self.tile, self.gna.dilation, strict=True)
-
-    def _check(self, x: Tensor, dim: int, tokens: int, order: str) -> int:
+    def _check(self, x: Tensor, dim: int, tokens: int, order: str) -> None:
         if x.shape[dim] != tokens:
             raise ValueError(
                 f"x has {x.shape[dim]} tokens in dimension {dim}, but {order} of {self.gna} with tile {self.tile} "
                 f"has {tokens}"
             )
-        return dim % x.ndim
+
+
+def to_tiles(
+    x: Tensor,
+    dim: int,
+    layout: tuple[int, ...],
+    axes: tuple[tuple[int, int, int], ...],
+    text: tuple[int, int],
+    text_places: tuple[int, int],
+) -> Tensor:
+    """:meth:`TileOrder.permute` for sizes given one by one (see ``TileOrder._geometry``)."""
+    n, dim = len(layout), dim % x.ndim
+    before, after = x.shape[:dim], x.shape[dim + 1 :]
+    text_first, grid, text_last = x.split([text[0], math.prod(layout), text[1]], dim)
+    grid = grid.reshape(*before, *layout, *after)
+    grid = _pad(grid, {dim + a: math.prod(axis) for a, axis in enumerate(axes)})
+    # Split every dimension into (tile, place in the tile, dilation group), then bring equal kinds together.
+    grid = grid.reshape(*before, *[size for axis in axes for size in axis], *after)
+    grid = _reorder(grid, dim, [3 * a + kind for kind in (2, 0, 1) for a in range(n)])
+    grid = grid.reshape(*before, math.prod([size for axis in axes for size in axis]), *after)
+    if text == (0, 0):
+        return grid
+    return torch.cat([_pad(text_first, {dim: text_places[0]}), grid, _pad(text_last, {dim: text_places[1]})], dim)
+
+
+def from_tiles(
+    x: Tensor,
+    dim: int,
+    layout: tuple[int, ...],
+    axes: tuple[tuple[int, int, int], ...],
+    text: tuple[int, int],
+    text_places: tuple[int, int],
+) -> Tensor:
+    """:meth:`TileOrder.unpermute` for sizes given one by one (see ``TileOrder._geometry``)."""
+    n, dim = len(layout), dim % x.ndim
+    before, after = x.shape[:dim], x.shape[dim + 1 :]
+    places = math.prod([size for axis in axes for size in axis])
+    text_first, grid, text_last = x.split([text_places[0], places, text_places[1]], dim)
+    grid = grid.reshape(*before, *[axis[kind] for kind in (2, 0, 1) for axis in axes], *after)
+    grid = _reorder(grid, dim, [kind * n + a for a in range(n) for kind in (1, 2, 0)])
+    grid = grid.reshape(*before, *[math.prod(axis) for axis in axes], *after)
+    for a, length in enumerate(layout):
+        grid = grid.narrow(dim + a, 0, length)
+    grid = grid.reshape(*before, math.prod(layout), *after)
+    if text == (0, 0):
+        return grid
+    return torch.cat([text_first.narrow(dim, 0, text[0]), grid, text_last.narrow(dim, 0, text[1])], dim)
 
 
 def permute(x: Tensor, gna: GNA, tile: Ints, dim: int = -2) -> Tensor:
@@ -247,7 +283,7 @@ def choose_tile(gnas: tuple[GNA, ...], block: int = 128) -> tuple[tuple[int, ...
 
 def tile_shapes(gna: GNA, block: int) -> Iterator[tuple[int, ...]]:
     """Power-of-two tile shapes with ``block`` tokens, not larger than a dilation group needs where that is possible."""
-    if block & (block - 1):
+    if block < 1 or block & (block - 1):
         raise ValueError(f"block={block} must be a power of two")
     groups = [ceil_div(length, d) for length, d in zip(gna.layout, gna.dilation, strict=True)]
     limits = [1 << (size - 1).bit_length() for size in groups]
