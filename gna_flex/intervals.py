@@ -34,11 +34,7 @@ def minimum(a: Value, b: Value) -> Value:
 
 
 def maximum(a: Value, b: Value) -> Value:
-    """Elementwise larger of two values of any supported kind.
-
-    Not ``-minimum(-a, -b)``: NVIDIA's assembler of CUDA 13 drops such negations in some kernels (pytorch issue 190973),
-    which gave wrong attention on an H200.
-    """
+    """Elementwise larger of two values of any supported kind."""
     if isinstance(a, torch.Tensor):
         return torch.maximum(a, b) if isinstance(b, torch.Tensor) else a.clamp(min=b)
     if isinstance(b, torch.Tensor):

@@ -1,6 +1,10 @@
 """``mask_mod`` functions for FlexAttention: generated source that decodes indices and calls the rule.
 
 The rule itself is not generated; it is :mod:`gna_flex.intervals`. Every number is a literal (:mod:`gna_flex.literal`).
+
+Coordinates go through :func:`opaque`. NVIDIA's assembler (CUDA 12.8 to 13.0, sm_90) drops the constant of packed 16-bit
+additions, which LLVM makes of integer arithmetic on values that it can prove to be small, such as remainders (Triton
+issue 11581). It gave wrong attention and gradients in 2 of 204 random masks on an H200.
 """
 
 from __future__ import annotations
@@ -33,29 +37,33 @@ def mask_mod(gnas: tuple[GNA, ...], q_order: TileOrder | None = None, kv_order: 
     """
     lines = ["def gna_mask_mod(b, h, q_idx, kv_idx):"]
     lines += _decode(gnas[0], q_order, "q", "q_idx") + _decode(gnas[0], kv_order, "k", "kv_idx")
-    conditions = []
-    for axis, dims in enumerate(zip(*(gna.dims() for gna in gnas), strict=True)):
-        length = dims[0][0]
-        window, stride, dilation, causal = (_per_head(values) for values in list(zip(*dims, strict=True))[1:])
-        if q_order is None:
-            sees, place = "attends", f"q{axis}, k{axis}, {length}, {window}, {stride}, {dilation}"
-        else:
-            size = length if dilation == "1" else f"group_length({length}, {dilation}, q_group{axis})"
-            sees, place = "sees", f"q{axis}, k{axis}, {size}, {window}, {stride}"
-            conditions += [f"(q_group{axis} == k_group{axis})"] if dilation != "1" else []
-        if causal in ("True", "False"):
-            conditions.append(f"{sees}({place}, {causal})")
-        else:
-            conditions.append(f"select({causal}, {sees}({place}, True), {sees}({place}, False))")
-    near = " & ".join(conditions)
-    if q_order is not None:
-        near = f"q_grid & k_grid & {near}"
+    conditions = [] if q_order is None else ["q_grid", "k_grid"]
+    for axis in range(gnas[0].ndim):
+        conditions += _axis_conditions(gnas, axis, tiled=q_order is not None)
+    near = " & ".join(conditions) or "(q_idx >= 0) & (kv_idx >= 0)"
     if gnas[0].text_first or gnas[0].text_last:
-        near = f"(q_text & k_valid) | (k_text & q_valid) | ({near})"
-        if q_order is None:
-            near = near.replace(" & k_valid", "").replace(" & q_valid", "")
-    lines.append(f"    return {near}")
-    return literal_function("gna_mask_mod", lines, _NAMES)
+        with_text = "q_text | k_text" if q_order is None else "(q_text & k_valid) | (k_text & q_valid)"
+        near = f"{with_text} | ({near})"
+    return literal_function("gna_mask_mod", [*lines, f"    return {near}"], _NAMES)
+
+
+def _axis_conditions(gnas: tuple[GNA, ...], axis: int, tiled: bool) -> list[str]:
+    """What a pair has to meet in one dimension; nothing where every query sees the whole dimension."""
+    dims = [list(gna.dims())[axis] for gna in gnas]
+    length = dims[0][0]
+    window, stride, dilation, causal = (_per_head(values) for values in list(zip(*dims, strict=True))[1:])
+    conditions = []
+    if not tiled:
+        sees, place = "attends", f"q{axis}, k{axis}, {length}, {window}, {stride}, {dilation}"
+    else:
+        size = length if dilation == "1" else f"group_length({length}, {dilation}, q_group{axis})"
+        sees, place = "sees", f"q{axis}, k{axis}, {size}, {window}, {stride}"
+        conditions += [f"(q_group{axis} == k_group{axis})"] if dilation != "1" else []
+    if all(dim[1] == length and not dim[4] for dim in dims):
+        return conditions
+    if causal in ("True", "False"):
+        return [*conditions, f"{sees}({place}, {causal})"]
+    return [*conditions, f"select({causal}, {sees}({place}, True), {sees}({place}, False))"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,30 +95,38 @@ def _decode(gna: GNA, order: TileOrder | None, name: str, index: str) -> list[st
     lines = []
     if order is None:
         if has_text:
-            lines.append(f"    {name}_text = ({index} < {gna.text_first}) | ({index} >= {end})")
+            lines.append(f"    {name}_text = {_text(gna, index, end)}")
             lines.append(f"    {name} = {index} - {gna.text_first}")
         else:
             lines.append(f"    {name} = {index}")
-        return lines + _digits(name, [(f"{name}{axis}", size) for axis, size in enumerate(gna.layout)])
+        lines += _digits(name, [(f"{name}{axis}", size) for axis, size in enumerate(gna.layout)])
+        return lines + _opaque([(f"{name}{axis}", size) for axis, size in enumerate(gna.layout)])
     first, last = (count * order.block for count in order.text_blocks)
     end = order.tokens - last
-    lines.append(f"    {name} = {index} - {first}")
+    lines.append(f"    {name} = {index} - {first}" if first else f"    {name} = {index}")
     groups = [(f"{name}_group{axis}", size) for axis, size in enumerate(gna.dilation)]
     tiles = [(f"{name}_tile{axis}", size) for axis, size in enumerate(order.tiles)]
     places = [(f"{name}{axis}", size) for axis, size in enumerate(order.tile)]
-    lines += _digits(name, groups + tiles + places)
+    lines += _digits(name, groups + tiles + places) + _opaque(groups)
     inside = [f"({index} >= {first})"] if first else []
     inside += [f"({index} < {end})"] if last else []
     for axis, (length, dilation) in enumerate(zip(gna.layout, gna.dilation, strict=True)):
         lines.append(f"    {name}{axis} = {name}_tile{axis} * {order.tile[axis]} + {name}{axis}")
+        lines += _opaque([(f"{name}{axis}", order.tiles[axis] * order.tile[axis])])
         size = length if dilation == 1 else f"group_length({length}, {dilation}, {name}_group{axis})"
         inside.append(f"({name}{axis} < {size})")
     lines.append(f"    {name}_grid = {' & '.join(inside)}")
     if has_text:
-        text_end = end + gna.text_last
-        lines.append(f"    {name}_text = ({index} < {gna.text_first}) | (({index} >= {end}) & ({index} < {text_end}))")
+        lines.append(f"    {name}_text = {_text(gna, index, end)}")
         lines.append(f"    {name}_valid = {name}_text | {name}_grid")
     return lines
+
+
+def _text(gna: GNA, index: str, end: int) -> str:
+    """The condition that an index is that of a text token, where the grid ends at ``end``."""
+    first = [f"({index} < {gna.text_first})"] if gna.text_first else []
+    last = [f"(({index} >= {end}) & ({index} < {end + gna.text_last}))"] if gna.text_last else []
+    return " | ".join(first + last)
 
 
 def _digits(name: str, digits: list[tuple[str, int]]) -> list[str]:
@@ -121,10 +137,15 @@ def _digits(name: str, digits: list[tuple[str, int]]) -> list[str]:
             lines.append(f"    {digit} = 0")
             continue
         weight = math.prod(size for _, size in digits[place + 1 :])
-        value = name if weight == 1 else f"{name} // {weight}"
         outermost = math.prod(size for _, size in digits[:place]) == 1
-        lines.append(f"    {digit} = {value}" if outermost else f"    {digit} = {value} % {size}")
+        value = name if weight == 1 else f"quotient({name}, {weight})"
+        lines.append(f"    {digit} = {value}" if outermost else f"    {digit} = remainder({value}, {size})")
     return lines
+
+
+def _opaque(values: list[tuple[str, int]]) -> list[str]:
+    """Lines that hide the range of values below a size; from 16 bits on there is nothing to hide."""
+    return [f"    {name} = opaque({name})" for name, size in values if 1 < size <= 1 << 16]
 
 
 def _per_head(values: tuple[Any, ...]) -> str:
@@ -132,6 +153,23 @@ def _per_head(values: tuple[Any, ...]) -> str:
     if len(set(values)) == 1:
         return str(values[0])
     return f"per_head(h, {values})"
+
+
+def quotient(index: Tensor, size: int) -> Tensor:
+    """``index // size`` for indices that are not negative: without the corrections of signs that kernels pay for."""
+    if size & (size - 1) == 0:
+        return index >> (size.bit_length() - 1)
+    return torch.div(index, size, rounding_mode="trunc")
+
+
+def remainder(index: Tensor, size: int) -> Tensor:
+    """``index % size`` for indices that are not negative."""
+    return index & (size - 1) if size & (size - 1) == 0 else torch.fmod(index, size)
+
+
+def opaque(coordinate: Tensor) -> Tensor:
+    """The coordinate (below 2**24), as a value whose range a compiler cannot know."""
+    return (coordinate.to(torch.float32) + 0.25).to(torch.int32)
 
 
 def per_head(h: Tensor, values: tuple[Any, ...]) -> Tensor:
@@ -143,6 +181,6 @@ def per_head(h: Tensor, values: tuple[Any, ...]) -> Tensor:
     return picked
 
 
-_NAMES = {"per_head": per_head} | {
+_NAMES = {"per_head": per_head, "quotient": quotient, "remainder": remainder, "opaque": opaque} | {
     name: getattr(intervals, name) for name in ("attends", "sees", "group_length", "minimum", "select")
 }
