@@ -1,0 +1,57 @@
+"""Fixtures of all tests: GPU tests only with a GPU, oracle tests only with natten, torch quiet and fresh."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from gna_flex import flex
+
+settings.register_profile("gna_flex", deadline=None, derandomize=True, max_examples=150)
+settings.load_profile("gna_flex")
+
+
+def pytest_configure() -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {
+        "gpu": "" if torch.cuda.is_available() else "no CUDA device",
+        "oracle": "" if importlib.util.find_spec("natten") else "natten is not installed",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quiet_torch() -> Iterator[None]:
+    """Without torch's advice to compile, which it gives even where the call has been taken over."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No compiled function from any other test, and none left behind."""
+
+    def forget() -> None:
+        torch._dynamo.reset()
+        flex._compiled.clear()
+
+    forget()
+    yield
+    forget()

@@ -1,0 +1,139 @@
+"""The package as a whole: a quiet import, documented public names, rooms that import downward."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gna_flex
+
+ROOT = Path(gna_flex.__file__).parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+# From the description of a mask up to the front door; everything else (reports, pictures, commands) is above it.
+ROOMS = [
+    "torch_private",
+    "literal",
+    "intervals",
+    "neighborhood",
+    "tiling",
+    "mask_mod",
+    "blocks",
+    "reference",
+    "routing",
+    "flex",
+    "mask",
+    "ops",
+    "attention",
+]
+OPTIONAL = ("matplotlib", "skimage", "triton", "natten", "rich", "torch._inductor")
+
+IMPORT = f"""
+import sys
+import gna_flex
+import torch
+heavy = [name for name in {OPTIONAL[:4]!r} if name in sys.modules]
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_is_quiet_and_light(tmp_path):
+    """No GPU, no compiler, no optional dependency; nothing printed; CUDA not initialised."""
+    environment = {
+        "PATH": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "error::DeprecationWarning:gna_flex",
+    }
+    for name in ("HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV"):
+        environment |= {name: os.environ[name]} if name in os.environ else {}
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT], env=environment, cwd=ROOT.parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == result.stderr == ""
+
+
+def test_public_names_exist_and_are_documented():
+    assert gna_flex.__all__ == sorted(gna_flex.__all__)
+    for name in gna_flex.__all__:
+        value = getattr(gna_flex, name)
+        if name != "__version__":
+            assert inspect.getdoc(value), name
+            assert not name.startswith("_")
+
+
+@pytest.mark.parametrize("name", ["GNA", "gna_mask", "flex_attention", "explain", "backend", "permute", "unpermute"])
+def test_the_names_of_the_tutorials_are_public(name):
+    assert name in gna_flex.__all__
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_documented_and_short(module):
+    source = (ROOT / f"{module}.py").read_text()
+    assert ast.get_docstring(ast.parse(source)), f"{module} has no docstring"
+    assert len(source.splitlines()) < 500, f"{module} is too long"
+
+
+def test_reference_is_short():
+    assert len((ROOT / "reference.py").read_text().splitlines()) < 80
+
+
+def test_is_typed():
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_version():
+    assert [part.isdigit() for part in gna_flex.__version__.split(".")[:3]] == [True] * 3
+
+
+def imports(module: str) -> set[str]:
+    """Modules of the package that a module imports when it is imported; type checking does not count."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gna_flex":
+            names = node.module.split(".")[1:] or [alias.name for alias in node.names]
+            found.update(name for name in names[:1] if name in MODULES) if "." in node.module else found.update(
+                name for name in names if name in MODULES
+            )
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("gna_flex."))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse((ROOT / f"{module}.py").read_text()))
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in ROOMS if name in MODULES])
+def test_rooms_import_downward(module):
+    below = ROOMS[: ROOMS.index(module)]
+    assert imports(module) <= set(below), f"{module} imports upward: {sorted(imports(module) - set(below))}"
+
+
+def test_there_are_no_circles():
+    graph = {module: imports(module) - {module} for module in MODULES}
+    while graph:
+        free = [module for module, needed in graph.items() if not needed & set(graph)]
+        assert free, f"modules import each other: {sorted(graph)}"
+        for module in free:
+            del graph[module]
+
+
+@pytest.mark.parametrize("module", ["__init__", *ROOMS])
+def test_optional_packages_are_imported_where_they_are_used(module):
+    if module not in MODULES:
+        pytest.skip(f"there is no {module}")
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in names if name.startswith(OPTIONAL)]

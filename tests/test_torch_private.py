@@ -1,0 +1,175 @@
+"""Fails loudly when a private name of torch changes that the package relies on."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+import gna_flex
+from gna_flex import GNA, flex, gna_mask, reference_attention
+from gna_flex.flex import RoutedTuple
+from gna_flex.torch_private import (
+    BLOCK_TABLES,
+    HOP_ARGUMENTS,
+    FakeTensor,
+    flex_attention_hop,
+    is_identity,
+    sliced_mask_mod,
+)
+
+
+def test_operator_is_the_one_that_torchs_front_end_calls():
+    assert flex_module.flex_attention_hop is flex_attention_hop
+    assert torch.ops.higher_order.flex_attention is flex_attention_hop
+
+
+def test_operator_takes_the_arguments_in_our_order():
+    parameters = list(inspect.signature(type(flex_attention_hop).__call__).parameters)
+    assert parameters == ["self", *HOP_ARGUMENTS, "score_mod_other_buffers", "mask_mod_other_buffers"]
+
+
+class Spy:
+    """Stands in for the tuple of a BlockMask; the output tells how many arguments reached it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not flex_attention_hop or kwargs:
+            return func(*args, **(kwargs or {}))
+        query, value = args[0], args[2]
+        stats = query.new_zeros(query.shape[:-1])
+        return query.new_full((*query.shape[:-1], value.shape[-1]), float(len(args))), stats, stats
+
+
+class SpyMask(BlockMask):
+    def as_tuple(self, flatten: bool = True) -> Any:
+        return Spy()
+
+
+def spy_mask() -> SpyMask:
+    plain = create_block_mask(flex_module.noop_mask, None, None, 16, 16, device="cpu")
+    tables = {name: getattr(plain, name) for name in BLOCK_TABLES}
+    return SpyMask(seq_lengths=(16, 16), **tables, BLOCK_SIZE=(128, 128), mask_mod=plain.mask_mod)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiler", ["none", "eager", "aot_eager"])
+def test_operator_dispatches_to_what_stands_for_the_tuple(compiler):
+    """Nothing of ours: the protocol itself, in eager mode and in Dynamo."""
+    q = torch.randn(1, 1, 16, 16)
+    mask = spy_mask()
+
+    def call(q: Tensor) -> Tensor:
+        return flex_module.flex_attention(q, q, q, block_mask=mask)
+
+    out = (call if compiler == "none" else torch.compile(call, fullgraph=True, backend=compiler))(q)
+    arguments = out.unique().tolist()
+    assert len(arguments) == 1, "torch's flex_attention did not reach __torch_function__"
+    assert len(HOP_ARGUMENTS) <= arguments[0] <= len(HOP_ARGUMENTS) + 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("compiler", ["none", "eager", "aot_eager"])
+def test_our_handler_takes_the_call(monkeypatch, compiler):
+    """The canary of the routing: if this fails, torch's own flex_attention no longer hands GNA masks over."""
+    taken = []
+    eager_attention, reference = flex.eager_attention, flex.reference_attention
+
+    def spied(function: Any) -> Any:
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            taken.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return spy
+
+    monkeypatch.setattr("gna_flex.ops.eager_attention", spied(eager_attention))
+    monkeypatch.setattr(flex, "reference_attention", spied(reference))
+    mask = gna_mask(GNA((4, 4), 3), device="cpu")
+    q, k, v = torch.randn(3, 1, 2, 16, 16).unbind()
+
+    def call(q: Tensor) -> Tensor:
+        return flex_module.flex_attention(q, k, v, block_mask=mask)
+
+    out = (call if compiler == "none" else torch.compile(call, fullgraph=True, backend=compiler))(q)
+    assert taken, "torch's flex_attention did not reach our handler"
+    torch.testing.assert_close(out, reference_attention(q, k, v, mask.mask_mod)[0])
+
+
+def test_other_functions_pass_through_our_handler():
+    mask = gna_mask(GNA((4, 4), 3), device="cpu")
+    routed = mask.as_tuple()
+    assert isinstance(routed, RoutedTuple)
+    assert RoutedTuple.__torch_function__(max, (RoutedTuple,), (3, 5)) == 5
+    assert list(routed) == [routed[index] for index in range(len(routed))]
+
+
+def test_block_mask_constructor():
+    parameters = list(inspect.signature(BlockMask.__init__).parameters)
+    assert parameters[: 2 + len(BLOCK_TABLES)] == ["self", "seq_lengths", *BLOCK_TABLES]
+    assert {"BLOCK_SIZE", "mask_mod"} <= set(parameters)
+    for name in parameters[2 + len(BLOCK_TABLES) + 2 :]:
+        assert inspect.signature(BlockMask.__init__).parameters[name].default is not inspect.Parameter.empty, name
+
+
+def test_tuple_of_a_block_mask():
+    plain = create_block_mask(flex_module.noop_mask, 2, 3, 100, 70, device="cpu", BLOCK_SIZE=(32, 16))
+    flat = plain.as_tuple()
+    assert flat[:2] == (100, 70)
+    for table, name in zip(flat[2:10], BLOCK_TABLES, strict=True):
+        assert table is getattr(plain, name), name
+    assert flat[-3:-1] == (32, 16)
+    assert flat[-1] is plain.mask_mod
+
+
+def test_identity_is_what_the_front_end_passes(monkeypatch):
+    seen = []
+
+    class Passed(Exception):  # noqa: N818 (not an error)
+        pass
+
+    def hop(*args: Any) -> Any:
+        seen.append(args[HOP_ARGUMENTS.index("score_mod")])
+        raise Passed
+
+    monkeypatch.setattr(flex_module, "flex_attention_hop", hop)
+    monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    q = torch.randn(1, 1, 16, 16)
+    with pytest.raises(Passed):
+        flex_module.flex_attention(q, q, q)
+    assert is_identity(seen[0])
+    assert is_identity(None)
+    assert not is_identity(lambda score, b, h, i, j: score)
+
+
+def test_sliced_masks_refuse_to_run():
+    """torch gives a slice a mask_mod that raises; slices of our masks have the same one."""
+    mask = gna_mask(GNA((4, 4), 3), device="cpu")
+    assert sliced_mask_mod is not None
+    assert mask[0].mask_mod is sliced_mask_mod
+    q = torch.randn(1, 1, 16, 16)
+    with pytest.raises(RuntimeError, match=r"[Ss]lic"):
+        gna_flex.flex_attention(q, q, q, block_mask=mask[0])
+    with pytest.raises(RuntimeError, match=r"[Ss]lic"):
+        sliced_mask_mod(*torch.zeros(4, dtype=torch.int64))
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(torch.empty(2), FakeTensor)
+    assert not isinstance(torch.empty(2), FakeTensor)
+
+
+def test_operator_of_the_package_is_opaque_to_export():
+    """The eager hand-over has a schema, so that torch's eager wrapper can trace it."""
+    schema = torch.ops.gna_flex.eager_attention.default._schema
+    assert [argument.name for argument in schema.arguments] == ["query", "key", "value", "mask", "scale"]
+    assert len(schema.returns) == 3
+    assert not schema.is_mutable
+
+
+@pytest.mark.parametrize("name", gna_flex.torch_private.__all__)
+def test_every_private_name_is_there(name):
+    assert getattr(gna_flex.torch_private, name) is not None
