@@ -279,7 +279,7 @@ def compiled(
     gets a function object, and a code object, of its own.
     """
     signature = tuple((x.shape[1:], x.dtype, x.device) for x in (query, key, value))
-    plan = (statics, mask.plan, tiles is None, signature, grad, getattr(score_mod, "__code__", score_mod))
+    plan = (statics, mask.plan, tiles is None, signature, grad, identity_of(score_mod))
     with _lock:
         if plan in _compiled:
             _compiled.move_to_end(plan)
@@ -297,6 +297,20 @@ def compiled(
             COMPILED_LIMIT,
         )
     return function
+
+
+def identity_of(value: Any) -> Any:
+    """What a compiled function depends on in a score_mod: code, captured numbers, and likewise captured functions.
+
+    Everything else that it captures (tensors, say) is an input or is guarded by torch.compile.
+    """
+    if isinstance(value, int | float | str | bool | None):
+        return value
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return type(value)
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    return code, tuple(identity_of(inner) for inner in (*cells, *(value.__defaults__ or ())))
 
 
 _serial = itertools.count()

@@ -59,7 +59,7 @@ def _axis_conditions(gnas: tuple[GNA, ...], axis: int, tiled: bool) -> list[str]
         size = length if dilation == "1" else f"group_length({length}, {dilation}, q_group{axis})"
         sees, place = "sees", f"q{axis}, k{axis}, {size}, {window}, {stride}"
         conditions += [f"(q_group{axis} == k_group{axis})"] if dilation != "1" else []
-    if all(dim[1] == length and not dim[4] for dim in dims):
+    if length == 1 or all(dim[1] == length and not dim[4] for dim in dims):
         return conditions
     if causal in ("True", "False"):
         return [*conditions, f"{sees}({place}, {causal})"]

@@ -169,7 +169,7 @@ class GNA:
         if set(self.dilation) != {1}:
             parts.append(f"dilation {show(self.dilation)}")
         if any(self.causal):
-            parts.append("causal " + "x".join("yes" if c else "no" for c in self.causal))
+            parts.append("causal " + "/".join("yes" if c else "no" for c in self.causal))
         if self.text_first:
             parts.append(f"{self.text_first} text tokens first")
         if self.text_last:

@@ -13,7 +13,7 @@ from gna_flex.mask_mod import MaskMod
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 CHUNK = 1 << 26
-"""Scores held at a time, per chunk of queries."""
+"""Scores held at a time per batch entry: queries come in chunks."""
 
 
 def reference_attention(
@@ -33,6 +33,13 @@ def reference_attention(
         Output ``[B, H, S, Dv]`` in the type of ``query``; log-sum-exp and maximum of its scores ``[B, H, S]``, natural
         logarithm, float32 (float64 for float64), ``-inf`` for a query that sees no key.
     """
+    with torch.autocast(query.device.type, enabled=False):
+        return _attention(query, key, value, mask_mod, score_mod, scale)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask_mod: MaskMod, score_mod: ScoreMod | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     work = torch.promote_types(query.dtype, torch.float32)
     batch, heads, q_len, dim = query.shape
     scale = 1 / math.sqrt(dim) if scale is None else scale
@@ -41,7 +48,7 @@ def reference_attention(
     device = query.device
     b, h = torch.arange(batch, device=device)[:, None, None, None], torch.arange(heads, device=device)[:, None, None]
     k = torch.arange(keys.shape[2], device=device)
-    rows = max(1, CHUNK // max(1, batch * heads * keys.shape[2]))
+    rows = max(1, CHUNK // (heads * keys.shape[2]))
     parts = []
     for start in range(0, q_len, rows):
         q = torch.arange(start, min(start + rows, q_len), device=device)

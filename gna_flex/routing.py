@@ -61,13 +61,26 @@ def choose_route(facts: Facts) -> Route:
     """
     if _forced is not None and _forced not in ROUTES:
         raise ValueError(f"GNA_FLEX_BACKEND={_forced!r} is not a route; routes are {', '.join(ROUTES)}")
+    if _forced is not None:
+        obstacle = obstacle_to(_forced, facts)
+        if obstacle:
+            raise RuntimeError(f"the forced route cannot take this call:\n  {_forced}: {obstacle}")
+        return Route(_forced, "forced", ())
     rejected: tuple[tuple[str, str], ...] = ()
-    for name in ROUTES if _forced is None else (_forced,):
-        obstacle = obstacle_to(name, facts) or (unprofitable(name, facts) if _forced is None else "")
-        if not obstacle:
-            return Route(name, _REASONS[name] if _forced is None else "forced", rejected)
-        rejected = (*rejected, (name, obstacle))
-    reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
+    possible: str | None = None
+    for name in ROUTES:
+        obstacle = obstacle_to(name, facts)
+        objection = obstacle or unprofitable(name, facts)
+        if not objection:
+            return Route(name, _REASONS[name], rejected)
+        if not obstacle and possible is None:
+            possible = name
+        rejected = (*rejected, (name, objection))
+    if possible is not None:
+        preferred = ROUTES[: ROUTES.index(possible)]
+        others = tuple([(name, objection) for name, objection in rejected if name in preferred])
+        return Route(possible, "the first route that can take the call", others)
+    reasons = "\n".join([f"  {name}: {objection}" for name, objection in rejected])
     raise RuntimeError(f"gna_flex.flex_attention has no route for this call:\n{reasons}")
 
 
@@ -84,7 +97,7 @@ def obstacle_to(name: str, facts: Facts) -> str:
         if facts.backend != "AUTO":
             return f"kernel_options ask for BACKEND={facts.backend}"
         if facts.pairs > REFERENCE_PAIRS:
-            return f"it computes every one of the {facts.pairs:.1e} pairs"
+            return f"it computes every pair of query and key, and there are more than {REFERENCE_PAIRS:.0e}"
         return ""
     if facts.dtype not in FLEX_DTYPES:
         return f"FlexAttention has no kernel for {facts.dtype}"
@@ -114,7 +127,7 @@ def unprofitable(name: str, facts: Facts) -> str:
     if name == "reference":
         return ""
     if facts.device == "cpu" and facts.pairs < CPU_FLEX_PAIRS:
-        return f"compiling for the CPU pays only above {CPU_FLEX_PAIRS:.0e} pairs, this call has {facts.pairs:.1e}"
+        return f"compiling for the CPU pays only above {CPU_FLEX_PAIRS:.0e} pairs of query and key"
     if name == "flex-tiles" and not facts.tiles_pay:
         return "the tokens as given are predicted to be as fast"
     return ""

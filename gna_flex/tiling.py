@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,22 +94,22 @@ class TileOrder:
         return from_tiles(x, dim, *self._geometry())
 
     def literal_permutations(self) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
-        """:meth:`permute` and :meth:`unpermute` with all sizes as literals, for use inside of compiled code."""
-        arguments = ", ".join(str(value) for value in self._geometry())
-        names = {"to_tiles": to_tiles, "from_tiles": from_tiles}
-        return (
-            literal_function("permute", ["def permute(x, dim):", f"    return to_tiles(x, dim, {arguments})"], names),
-            literal_function(
-                "unpermute", ["def unpermute(x, dim):", f"    return from_tiles(x, dim, {arguments})"], names
-            ),
-        )
+        """:meth:`permute` and :meth:`unpermute` as operators with all sizes as literals, for compiled code.
 
-    def _geometry(self) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...], tuple[int, int], tuple[int, int]]:
-        """Layout, axes (tiles, places in a tile, dilation groups), text tokens, and text places with padding."""
+        Operators, because a compiler would make kernels of the index arithmetic, which NVIDIA's assembler sometimes
+        gets wrong (see :mod:`gna_flex.mask_mod`).
+        """
+        arguments = ", ".join(str(list(value)) for value in self._geometry())
+        permute = ["def permute(x, dim):", f"    return ops.to_tiles(x, dim, {arguments})"]
+        unpermute = ["def unpermute(x, dim):", f"    return ops.from_tiles(x, dim, {arguments})"]
+        names = {"ops": torch.ops.gna_flex}
+        return literal_function("permute", permute, names), literal_function("unpermute", unpermute, names)
+
+    def _geometry(self) -> tuple[tuple[int, ...], ...]:
+        """Layout; tiles, places in a tile and dilation groups per dimension; text tokens; text places with padding."""
         gna = self.gna
         first, last = (count * self.block for count in self.text_blocks)
-        axes = tuple(zip(self.tiles, self.tile, gna.dilation, strict=True))
-        return gna.layout, axes, (gna.text_first, gna.text_last), (first, last)
+        return gna.layout, self.tiles, self.tile, gna.dilation, (gna.text_first, gna.text_last), (first, last)
 
     def _check(self, x: Tensor, dim: int, tokens: int, order: str) -> None:
         if x.shape[dim] != tokens:
@@ -122,22 +122,25 @@ class TileOrder:
 def to_tiles(
     x: Tensor,
     dim: int,
-    layout: tuple[int, ...],
-    axes: tuple[tuple[int, int, int], ...],
-    text: tuple[int, int],
-    text_places: tuple[int, int],
+    layout: Sequence[int],
+    tiles: Sequence[int],
+    tile: Sequence[int],
+    dilation: Sequence[int],
+    text: Sequence[int],
+    text_places: Sequence[int],
 ) -> Tensor:
-    """:meth:`TileOrder.permute` for sizes given one by one (see ``TileOrder._geometry``)."""
+    """:meth:`TileOrder.permute` for sizes given one by one."""
     n, dim = len(layout), dim % x.ndim
     before, after = x.shape[:dim], x.shape[dim + 1 :]
+    axes = list(zip(tiles, tile, dilation, strict=True))
     text_first, grid, text_last = x.split([text[0], math.prod(layout), text[1]], dim)
     grid = grid.reshape(*before, *layout, *after)
     grid = _pad(grid, {dim + a: math.prod(axis) for a, axis in enumerate(axes)})
     # Split every dimension into (tile, place in the tile, dilation group), then bring equal kinds together.
     grid = grid.reshape(*before, *[size for axis in axes for size in axis], *after)
     grid = _reorder(grid, dim, [3 * a + kind for kind in (2, 0, 1) for a in range(n)])
-    grid = grid.reshape(*before, math.prod([size for axis in axes for size in axis]), *after)
-    if text == (0, 0):
+    grid = grid.reshape(*before, math.prod(tiles) * math.prod(tile) * math.prod(dilation), *after)
+    if not any(text):
         return grid
     return torch.cat([_pad(text_first, {dim: text_places[0]}), grid, _pad(text_last, {dim: text_places[1]})], dim)
 
@@ -145,23 +148,25 @@ def to_tiles(
 def from_tiles(
     x: Tensor,
     dim: int,
-    layout: tuple[int, ...],
-    axes: tuple[tuple[int, int, int], ...],
-    text: tuple[int, int],
-    text_places: tuple[int, int],
+    layout: Sequence[int],
+    tiles: Sequence[int],
+    tile: Sequence[int],
+    dilation: Sequence[int],
+    text: Sequence[int],
+    text_places: Sequence[int],
 ) -> Tensor:
-    """:meth:`TileOrder.unpermute` for sizes given one by one (see ``TileOrder._geometry``)."""
+    """:meth:`TileOrder.unpermute` for sizes given one by one."""
     n, dim = len(layout), dim % x.ndim
     before, after = x.shape[:dim], x.shape[dim + 1 :]
-    places = math.prod([size for axis in axes for size in axis])
+    places = math.prod(tiles) * math.prod(tile) * math.prod(dilation)
     text_first, grid, text_last = x.split([text_places[0], places, text_places[1]], dim)
-    grid = grid.reshape(*before, *[axis[kind] for kind in (2, 0, 1) for axis in axes], *after)
+    grid = grid.reshape(*before, *dilation, *tiles, *tile, *after)
     grid = _reorder(grid, dim, [kind * n + a for a in range(n) for kind in (1, 2, 0)])
-    grid = grid.reshape(*before, *[math.prod(axis) for axis in axes], *after)
+    grid = grid.reshape(*before, *[math.prod(axis) for axis in zip(tiles, tile, dilation, strict=True)], *after)
     for a, length in enumerate(layout):
         grid = grid.narrow(dim + a, 0, length)
     grid = grid.reshape(*before, math.prod(layout), *after)
-    if text == (0, 0):
+    if not any(text):
         return grid
     return torch.cat([text_first.narrow(dim, 0, text[0]), grid, text_last.narrow(dim, 0, text[1])], dim)
 

@@ -278,7 +278,7 @@ def test_dims_lists_one_dimension_after_the_other():
         (GNA((8, 9), (3, 4), (1, 2)), "layout 8x9, window 3x4, stride 1x2"),
         (
             GNA((8, 9), (3, 4), (1, 2), (2, 1), (True, False), 5, 6),
-            "layout 8x9, window 3x4, stride 1x2, dilation 2x1, causal yesxno, 5 text tokens first, 6 text tokens last",
+            "layout 8x9, window 3x4, stride 1x2, dilation 2x1, causal yes/no, 5 text tokens first, 6 text tokens last",
         ),
     ],
     ids=gna_id,

@@ -273,3 +273,32 @@ def test_tile_counts_of_a_video_model():
     counts = tile_counts(gna, (2, 8, 8), (2, 8, 8))
     assert counts.partial == 0
     assert counts.visited == counts.full == np.prod([15, 6, 10]) * 9 * 3 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64], ids=str)
+@pytest.mark.parametrize("text", [(0, 0), (3, 5)], ids=["grid", "text"])
+def test_operators_equal_the_order(text, dtype):
+    """The operators of compiled code: same tokens, new memory, inverse as gradient, valid for torch.compile."""
+    gna = GNA((5, 8), (2, 4), dilation=(2, 1), text_first=text[0], text_last=text[1])
+    order = TileOrder(gna, (2, 4))
+    permute, unpermute = order.literal_permutations()
+    wide = torch.arange(2 * gna.tokens * 16).reshape(2, gna.tokens, 16).to(dtype)
+    for x in (wide, wide[..., :7], wide.transpose(0, 1).contiguous().transpose(0, 1), wide[..., 1:]):
+        tiled = permute(x, -2)
+        assert torch.equal(tiled, order.permute(x))
+        assert torch.equal(unpermute(tiled, -2), x)
+    if dtype == torch.float32:
+        x = torch.randn(2, gna.tokens, 4, requires_grad=True)
+        arguments = order._geometry()
+        torch.library.opcheck(torch.ops.gna_flex.to_tiles.default, (x, 1, *map(list, arguments)))
+        tiled = torch.randn(2, order.tokens, 4, requires_grad=True)
+        torch.library.opcheck(torch.ops.gna_flex.from_tiles.default, (tiled, 1, *map(list, arguments)))
+
+
+def test_operators_never_alias_their_input():
+    gna = GNA(16, 4)
+    permute, unpermute = TileOrder(gna, (4,)).literal_permutations()
+    x = torch.randn(1, 16, 8)
+    for function in (permute, unpermute):
+        assert torch.equal(function(x, -2), x)
+        assert function(x, -2).data_ptr() != x.data_ptr()
