@@ -6,15 +6,18 @@ Results are checked before anything is timed. Times are medians.
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import platform
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -26,7 +29,7 @@ from gna_flex.reference import reference_attention
 from gna_flex.routing import backend
 
 CREATE_BLOCK_MASK_PAIRS = 2e10
-"""Up to this many pairs compiled create_block_mask is run beside gna_mask (about 10 s at 131,072 tokens on a CPU)."""
+"""Up to this many pairs compiled create_block_mask is run beside gna_mask; it takes half a minute there on one core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +45,15 @@ class Timing:
 def bench_mask(gna: GNA, order: Any = "row-major", device: str = "cpu", repeats: int = 5) -> list[Timing]:
     """Building the BlockMask of a GNA: ``gna_mask`` and, where it can run, compiled ``create_block_mask``.
 
-    On a CPU every way runs in a process of its own, with one thread, so that memory is its own.
+    Every way runs in a process of its own, with one thread, so that memory is its own.
+
+    Raises:
+        AssertionError: if the two disagree about the number of blocks.
     """
     jobs = [("gna_mask", repeats)]
     pairs = float(gna.tokens) ** 2
     if pairs <= CREATE_BLOCK_MASK_PAIRS:
-        jobs.append(("create_block_mask", min(repeats, 2)))
+        jobs.append(("create_block_mask", 1))
     results = []
     context = multiprocessing.get_context("spawn")
     for name, count in jobs:
@@ -59,7 +65,7 @@ def bench_mask(gna: GNA, order: Any = "row-major", device: str = "cpu", repeats:
     timings = [timing for timing, _ in results]
     if len(timings) == 1:
         timings.append(
-            Timing("create_block_mask", float("nan"), float("nan"), f"not run: it tests all {pairs:.0e} pairs")
+            Timing("create_block_mask", float("nan"), float("nan"), f"not run, it would test {pairs:.0e} pairs")
         )
     return timings
 
@@ -85,7 +91,7 @@ def _time_mask(name: str, gna: GNA, order: Any, device: str, repeats: int) -> tu
             return compiled(mod, None, None, q_len, kv_len, device=device, BLOCK_SIZE=block)
 
         build()
-    before = _resident_mib()
+    before = _forget_peak()
     mask: BlockMask | None
     times = []
     for _ in range(repeats):
@@ -97,7 +103,7 @@ def _time_mask(name: str, gna: GNA, order: Any, device: str, repeats: int) -> tu
     assert mask is not None
     assert mask.full_kv_num_blocks is not None
     counts = (int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum()))
-    return statistics.median(times), _resident_mib() - before, counts
+    return statistics.median(times), _peak_mib() - before, counts
 
 
 def _forget_masks() -> None:
@@ -108,9 +114,30 @@ def _forget_masks() -> None:
         cached.cache_clear()
 
 
-def _resident_mib() -> float:
-    """Most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _forget_peak() -> float:
+    """MiB this process holds now, from which its peak is counted anew. Elsewhere than on Linux: its peak so far."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        return _peak_mib()
+    return _status_mib("VmRSS")
+
+
+def _peak_mib() -> float:
+    """Most MiB this process has held since :func:`_forget_peak`."""
+    try:
+        return _status_mib("VmHWM")
+    except OSError:
+        import resource
+
+        scale = 1 << (20 if sys.platform == "darwin" else 10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def _status_mib(name: str) -> float:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def bench_attention(
@@ -124,7 +151,14 @@ def bench_attention(
     backward: bool = False,
     repeats: int = 20,
 ) -> list[Timing]:
-    """Every route on one GNA, and dense attention (``scaled_dot_product_attention``), alternating, in one run."""
+    """The compiled routes on one GNA, and dense ``scaled_dot_product_attention``, in turns, in one run.
+
+    Raises:
+        AssertionError: if a route differs from the reference.
+        ValueError: if a backward is asked for on a CPU, where FlexAttention has none.
+    """
+    if backward and torch.device(device).type == "cpu":
+        raise ValueError("backward=True, but FlexAttention has no backward on the CPU: measure it on a GPU")
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, heads, gna.tokens, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(3))
@@ -193,7 +227,7 @@ def environment(device: str) -> dict[str, Any]:
         "gna_flex": gna_flex.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": platform.machine(),
+        "processor": _processor_name(),
     }
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
@@ -201,8 +235,65 @@ def environment(device: str) -> dict[str, Any]:
     return facts
 
 
+def _processor_name() -> str:
+    """The model of the CPU where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
 def _driver_version() -> str:
     import subprocess
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+BASELINES = {"mask": "create_block_mask", "attention": "dense"}
+"""What the other timings of a measurement are compared with."""
+
+
+def speedups(what: str, timings: list[Timing]) -> list[float]:
+    """How many times faster than the baseline each timing is; NaN where that did not run."""
+    base = next(timing.milliseconds for timing in timings if timing.name == BASELINES[what])
+    return [base / timing.milliseconds for timing in timings]
+
+
+def to_json(what: str, gna: GNA, settings: dict[str, Any], timings: list[Timing]) -> dict[str, Any]:
+    """A measurement with all that it was made with; what was not measured is ``None``."""
+    rows = [
+        {name: _known(value) for name, value in (dataclasses.asdict(timing) | {"speedup": ratio}).items()}
+        for timing, ratio in zip(timings, speedups(what, timings), strict=True)
+    ]
+    described = {"what": what, "gna": dataclasses.asdict(gna), "settings": settings, "baseline": BASELINES[what]}
+    return described | {"timings": rows, "environment": environment(settings["device"])}
+
+
+def table(what: str, gna: GNA, settings: dict[str, Any], timings: list[Timing]) -> RenderableType:
+    """A measurement to print."""
+    rows = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    rows.add_column(what, no_wrap=True)
+    with_memory = any(_known(timing.peak_mib) is not None for timing in timings)
+    for heading in ("median time", f"vs {BASELINES[what]}", *(["memory added"] if with_memory else [])):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    for timing, ratio in zip(timings, speedups(what, timings), strict=True):
+        memory = [_show(timing.peak_mib, ",.0f", " MiB")] if with_memory else []
+        cells = (_show(timing.milliseconds, ",.2f", " ms"), _show(ratio, ",.2f", "x"), *memory)
+        rows.add_row(timing.name, *cells)
+    facts = environment(settings["device"])
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
+    machine = f"torch {facts['torch']}, {facts.get('gpu', facts['processor'])}"
+    notes = [f"{timing.name}: {timing.note}" for timing in timings if timing.note]
+    return Group(str(gna), f"{chosen}; {machine}", rows, *notes)
+
+
+def _known(value: Any) -> Any:
+    """``None`` in place of NaN, which JSON has no word for."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _show(value: float, form: str, unit: str) -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}{unit}"

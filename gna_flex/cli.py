@@ -1,4 +1,4 @@
-"""The command line: ``gna-flex info | report | viz | demo``, each with ``--json``."""
+"""The command line: ``gna-flex info | report | viz | demo | bench``, each with ``--json``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ EXTRAS = {
 }
 DIMENSIONS = ("window", "stride", "dilation")
 """Arguments of which one value holds for every dimension."""
+DTYPES = ("float32", "float16", "bfloat16")
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
@@ -333,7 +334,7 @@ def add_demo(verbs: Subparsers) -> None:
     verb.add_argument("--dilation", nargs="+", default=["1"], metavar="N", help="step between keys")
     verb.add_argument("--query", nargs=2, type=int, metavar="N", help="row and column of the patch that is shown")
     verb.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    verb.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="to compute in")
+    verb.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in")
     verb.add_argument("--png", metavar="FILE", help="also write photograph, attention and output to a picture")
 
 
@@ -360,6 +361,74 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
+def add_bench(verbs: Subparsers) -> None:
+    """``bench``: measurements."""
+    verb = add_verb(verbs, "bench", run_bench, "how long building a mask, or attention, takes here, against torch's own")
+    verb.add_argument("what", choices=("mask", "attention"), help="build the block mask, or compute attention under it")
+    add_gna_arguments(verb)
+    verb.add_argument("--device", help="default: cpu for mask, the accelerator for attention")
+    verb.add_argument("--repeats", type=_positive, metavar="N", help="measurements, of which the median counts")
+    verb.add_argument("--order", choices=("row-major", "tiles"), default="row-major", help="mask: order of the tokens")
+    verb.add_argument("--batch", type=_positive, default=1, metavar="N", help="attention: batch size (default: 1)")
+    verb.add_argument("--heads", type=_positive, metavar="N", help="attention: heads (default: the preset's, or 24)")
+    verb.add_argument("--head-dim", type=_positive, metavar="N", help="attention: default: the preset's, or 128")
+    verb.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="attention: type (default: bfloat16)")
+    verb.add_argument("--backward", action="store_true", help="attention: time the backward pass instead")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measures; results that disagree are exit code 1."""
+    from gna_flex import bench
+
+    if args.list_presets:
+        _print_presets(args.json)
+        return 0
+    gna = gna_of(args)
+    device = args.device or _bench_device(args.what)
+    _check_device(device)
+    options: dict[str, Any] = {"device": device} | ({"repeats": args.repeats} if args.repeats else {})
+    if args.what == "mask":
+        options |= {"order": args.order}
+    else:
+        known = preset(args.preset) if args.preset else None
+        options |= {
+            "batch": args.batch,
+            "heads": args.heads or (known.heads if known else 24),
+            "head_dim": args.head_dim or (known.head_dim if known else 128),
+            "dtype": getattr(torch, args.dtype),
+            "backward": args.backward,
+        }
+    measure = bench.bench_mask if args.what == "mask" else bench.bench_attention
+    try:
+        with working(f"measuring {args.what}, {gna.tokens:,} tokens"):
+            timings = measure(gna, **options)
+    except AssertionError as error:
+        print(f"gna-flex bench: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        settings = options | ({"dtype": args.dtype} if "dtype" in options else {})
+        print_json(bench.to_json(args.what, gna, settings, timings))
+    else:
+        output().print(bench.table(args.what, gna, options, timings))
+    return 0
+
+
+def _bench_device(what: str) -> str:
+    """Where to measure if nothing is said."""
+    if what == "mask":
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        raise ValueError("attention is measured on a GPU, and there is none; --device cpu works for small layouts")
+    return accelerator.type
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number above 0")
+    return int(word)
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
@@ -367,4 +436,4 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device={device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-VERBS: tuple[Callable[[Subparsers], None], ...] = (add_info, add_report, add_viz, add_demo)
+VERBS: tuple[Callable[[Subparsers], None], ...] = (add_info, add_report, add_viz, add_demo, add_bench)

@@ -262,10 +262,13 @@ def gna_mask(
 
     Raises:
         ValueError: if the arguments do not fit each other.
+        RuntimeError: inside of a compiled function (with ``fullgraph=True``; else torch.compile breaks the graph here).
 
     >>> gna_mask(GNA((32, 32), window=8), device="cpu").counts
     TileCounts(full=0, partial=22, total=64)
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("gna_mask inside a compiled function: build the mask outside and pass or capture it")
     gnas = (gna,) if isinstance(gna, GNA) else tuple(gna)
     _check_heads(gnas, H)
     q_order, kv_order = _orders(gnas, order, q_block)

@@ -464,3 +464,15 @@ def test_torchs_front_end_takes_the_compiled_routes(route):
     assert len(flex._compiled) == 1
     assert_attends(out, qkv)
     assert math.isfinite(out.sum())
+
+
+def test_mask_inside_a_compiled_function(fresh_compiler):
+    qkv = inputs()
+
+    def block(q, k, v):
+        return flex_attention(q, k, v, block_mask=gna_mask(GRID, device="cpu"))
+
+    assert_attends(torch.compile(block, backend="eager")(*qkv), qkv)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="build the mask outside"):
+        torch.compile(block, backend="eager", fullgraph=True)(*qkv)
