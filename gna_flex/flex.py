@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from gna_flex.reference import ScoreMod, reference_attention
-from gna_flex.routing import Facts, Route, choose_route
+from gna_flex.routing import Facts, Route, choose_route, has_cpp_compiler
 from gna_flex.tiling import TileOrder
 from gna_flex.torch_private import HOP_ARGUMENTS, flex_attention_hop, is_identity
 
@@ -83,6 +83,7 @@ def route_of(
             has_tiles=mask.has_tiles(compiling),
             tiles_pay=mask.tiles_pay(compiling),
             backend=(kernel_options or {}).get("BACKEND", "AUTO"),
+            has_compiler=compiling or query.device.type != "cpu" or has_cpp_compiler(),
         )
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,7 +28,7 @@ class Facts(NamedTuple):
 
     ``pairs`` is batch x heads x queries x keys. ``has_tiles`` and ``tiles_pay`` say whether the mask has a tile order
     and whether it is predicted to be faster. ``wants_stats``: log-sum-exp or maximum is returned. ``backend`` is the
-    ``BACKEND`` of FlexAttention's kernel options.
+    ``BACKEND`` of FlexAttention's kernel options. ``has_compiler``: a C++ compiler is there, which the CPU needs.
     """
 
     device: str
@@ -39,6 +41,7 @@ class Facts(NamedTuple):
     has_tiles: bool
     tiles_pay: bool
     backend: str = "AUTO"
+    has_compiler: bool = True
 
 
 class Route(NamedTuple):
@@ -110,6 +113,8 @@ def obstacle_to(name: str, facts: Facts) -> str:
             return "FlexAttention has no backward on the CPU (with a score_mod, call it under torch.no_grad())"
         if facts.wants_stats:
             return "FlexAttention returns no statistics on the CPU"
+        if not facts.has_compiler:
+            return "FlexAttention needs a C++ compiler on the CPU, and none was found"
         if facts.compiling:
             return "FlexAttention inside a compiled CPU graph fails when a pointwise operation follows"
     else:
@@ -120,6 +125,13 @@ def obstacle_to(name: str, facts: Facts) -> str:
         if not facts.has_tiles:
             return "the mask has no tile order (its tokens are in tile order already, or its heads differ in dilation)"
     return ""
+
+
+@functools.lru_cache(maxsize=1)
+def has_cpp_compiler() -> bool:
+    """Whether torch.compile can find a C++ compiler: ``CXX``, or one of the usual names."""
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    return any(shutil.which(name) for name in names if name)
 
 
 def unprofitable(name: str, facts: Facts) -> str:

@@ -45,6 +45,15 @@ def test_what_cannot_run_is_not_run(capsys, monkeypatch):
     assert theirs["milliseconds"] is theirs["peak_mib"] is theirs["speedup"] is None
 
 
+def test_tile_order_is_not_compared_where_memory_would_run_out(monkeypatch):
+    gna = GNA((30, 48, 80), (18, 24, 24))
+    monkeypatch.setattr(bench, "_available_bytes", lambda: 8 * 2.0**30)
+    assert "GiB" in bench._obstacle(gna, "tiles")
+    assert bench._obstacle(gna, "row-major") == ""
+    monkeypatch.undo()
+    assert 1 << 20 < bench._available_bytes() < 1 << 50
+
+
 class DisagreeingPool:
     """Stands for the processes that measure: the two ways count different blocks."""
 

@@ -112,3 +112,13 @@ def test_missing_scikit_image_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ImportError, match=r"pip install gna-flex\[demo\]"):
         load_image()
+
+
+def test_a_build_for_gpus_without_a_gpu_runs_on_the_cpu(monkeypatch):
+    """Such a build names its accelerator even where there is none, unless it is asked to check."""
+
+    def named(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    assert run_demo(np.random.default_rng(0).random((64, 64, 3)), window=3).device == "cpu"

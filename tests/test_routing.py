@@ -10,7 +10,16 @@ import torch
 
 import gna_flex
 from gna_flex import GNA, backend, explain, flex_attention, gna_mask, routing
-from gna_flex.routing import CPU_FLEX_PAIRS, REFERENCE_PAIRS, ROUTES, Facts, Route, choose_route, obstacle_to
+from gna_flex.routing import (
+    CPU_FLEX_PAIRS,
+    REFERENCE_PAIRS,
+    ROUTES,
+    Facts,
+    Route,
+    choose_route,
+    has_cpp_compiler,
+    obstacle_to,
+)
 
 GPU = Facts(
     device="cuda",
@@ -198,3 +207,20 @@ def test_unprofitable_route_is_better_than_none():
     route = choose_route(CPU._replace(pairs=10, backend="TRITON"))
     assert route.name == "flex"
     assert [name for name, _ in route.rejected] == ["flex-tiles"]
+
+
+def test_no_compiler_means_the_reference_on_a_cpu():
+    route = choose_route(CPU._replace(pairs=CPU_FLEX_PAIRS * 2, has_compiler=False))
+    assert route.name == "reference"
+    assert "C++ compiler" in dict(route.rejected)["flex"]
+
+
+def test_finds_a_compiler_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    has_cpp_compiler.cache_clear()
+    assert not has_cpp_compiler()
+    (tmp_path / "g++").touch(mode=0o755)
+    has_cpp_compiler.cache_clear()
+    assert has_cpp_compiler()
+    has_cpp_compiler.cache_clear()
