@@ -25,6 +25,8 @@ from gna_flex.torch_private import BLOCK_TABLES
 DEFAULT_BLOCK = 128
 FULL_WIDTH_ENTRIES = 1 << 22
 """Up to this many entries the index tables are as wide as torch makes them; beyond it only as wide as needed."""
+MOST_ENTRIES = 1 << 31
+"""Masks whose block lists would be longer than this (8 GiB) are refused."""
 PERMUTE_COST = 12.0
 """Time to bring query, key and value of a block into tile order and the output back, in full tiles (H200: 10 to 13)."""
 
@@ -358,6 +360,12 @@ def _tables(plan: MaskPlan, device: torch.device) -> tuple[dict[str, Any], TileC
 
 def _lists(plan: MaskPlan, gna: GNA, interval: Interval) -> BlockLists:
     """Keys per query block (``key_interval``), or queries per key block (``query_interval``)."""
+    at_least = gna.kept_pairs() // (plan.q_block * plan.kv_block)
+    if at_least > MOST_ENTRIES:
+        raise ValueError(
+            f"the block lists of {gna} with blocks of {plan.q_block} x {plan.kv_block} would have {at_least:.1e} "
+            "entries or more: use a smaller window or larger blocks"
+        )
     sides = [(plan.q_order, plan.q_block), (plan.kv_order, plan.kv_block)]
     (row_order, row_block), (col_order, col_block) = sides if interval is key_interval else reversed(sides)
     relation: Relation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -147,11 +148,7 @@ class GNA:
 
     def kept_pairs(self) -> int:
         """Number of (query, key) pairs kept by the mask, out of ``tokens ** 2``. Costs ``sum(layout)``."""
-        grid = 1
-        for length, window, stride, dilation, causal in self.dims():
-            x = np.arange(length)
-            lo, hi = key_interval(x // dilation, group_length(length, dilation, x % dilation), window, stride, causal)
-            grid *= int(np.sum(hi - lo))
+        grid = math.prod(_kept_pairs(*dim) for dim in self.dims())
         text = self.text_first + self.text_last
         return grid + text * (self.tokens + self.grid_tokens)
 
@@ -175,6 +172,14 @@ class GNA:
         if self.text_last:
             parts.append(f"{self.text_last} text tokens last")
         return ", ".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_pairs(length: int, window: int, stride: int, dilation: int, causal: bool) -> int:
+    """Pairs kept in one dimension."""
+    x = np.arange(length)
+    lo, hi = key_interval(x // dilation, group_length(length, dilation, x % dilation), window, stride, causal)
+    return int(np.sum(hi - lo))
 
 
 def _normalise_dim(

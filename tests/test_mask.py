@@ -521,3 +521,8 @@ def test_gna_mask_takes_options_by_name_only():
     parameters = list(inspect.signature(gna_mask).parameters.values())
     assert parameters[0].name == "gna"
     assert {p.kind for p in parameters[1:]} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_refuses_lists_that_no_memory_holds():
+    with pytest.raises(ValueError, match=r"layout 121x360x368.*1\.6e\+10 entries or more"):
+        gna_mask(GNA.dense((121, 360, 368)), device="cpu")
