@@ -197,7 +197,7 @@ def info() -> dict[str, Any]:
     versions |= {"python": platform.python_version()}
     versions |= {name: _version(name) for name in EXTRAS} | {"C++ compiler": compiler}
     devices = [("cpu", platform.processor() or platform.machine())]
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         for index in range(torch.accelerator.device_count()):
             name = torch.cuda.get_device_name(index) if accelerator.type == "cuda" else accelerator.type
@@ -363,7 +363,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def add_bench(verbs: Subparsers) -> None:
     """``bench``: measurements."""
-    verb = add_verb(verbs, "bench", run_bench, "how long building a mask, or attention, takes here, against torch's own")
+    verb = add_verb(verbs, "bench", run_bench, "time to build a mask, or of attention, against torch's own")
     verb.add_argument("what", choices=("mask", "attention"), help="build the block mask, or compute attention under it")
     add_gna_arguments(verb)
     verb.add_argument("--device", help="default: cpu for mask, the accelerator for attention")

@@ -292,7 +292,9 @@ def run_demo(
     query = query or (grid[0] // 2, grid[1] // 2)
     if not all(0 <= q < n for q, n in zip(query, grid, strict=True)):
         raise ValueError(f"query={query} is outside of the {grid} patches of the image")
-    target = torch.empty(0, device=device or torch.accelerator.current_accelerator() or "cpu").device
+    target = torch.empty(
+        0, device=device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    ).device
     basis, *tokens = _tokens(image)
     q, k, v = (x.to(target, dtype) for x in tokens)
     # Some accelerators have no float64, so the truth is computed on the CPU.
