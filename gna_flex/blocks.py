@@ -376,8 +376,8 @@ def _progression(start: Array, step: int, counts: Array) -> Array:
     """``start[i] + step * m`` for ``m < counts[i]``, for all ``i`` in order, in the type of ``start``."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    values = np.repeat(start - ((ends - counts) * step).astype(start.dtype), counts)
-    values += np.arange(0, total * step, step, dtype=start.dtype)
+    values = np.arange(0, total * step, step, dtype=start.dtype)
+    values += np.repeat(start - ((ends - counts) * step).astype(start.dtype), counts)
     return values
 
 
@@ -389,7 +389,8 @@ def _pack(parts: list[tuple[Array, Array]], columns: int, width: int | None) -> 
     for counts, keys in parts:
         base = (np.arange(len(counts)) * columns).astype(keys.dtype)
         used = np.arange(longest, dtype=np.int32) < counts.astype(np.int32)[:, None]
-        table[begin : begin + len(counts), :longest][used] = keys - np.repeat(base, counts)
+        keys -= np.repeat(base, counts)
+        table[begin : begin + len(counts), :longest][used] = keys
         begin += len(counts)
     return np.concatenate([counts for counts, _ in parts]).astype(np.int32), table
 

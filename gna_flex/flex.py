@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from gna_flex.reference import ScoreMod, reference_attention
 from gna_flex.routing import Facts, Route, choose_route, has_cpp_compiler
 from gna_flex.tiling import TileOrder
-from gna_flex.torch_private import HOP_ARGUMENTS, flex_attention_hop, is_identity
+from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity
 
 if TYPE_CHECKING:
     from gna_flex.mask import GNABlockMask
@@ -203,8 +203,37 @@ def eager_attention(
         score_mod = in_tile_order(score_mod, tiles.to_natural)
     query, key, value = (x.detach().contiguous() for x in (query, key, value))
     function = compiled(statics, mask, tiles, query, key, value, grad, score_mod)
-    out, _, _ = function(statics, query, key, value, tiles.block_mask if tiles else mask.plain, score_mod, None)
+    block_mask = full_width(tiles.block_mask if tiles else mask.plain)
+    out, _, _ = function(statics, query, key, value, block_mask, score_mod, None)
     return (tiles.order.unpermute(out) if tiles else out), None, None
+
+
+def full_width(mask: BlockMask) -> BlockMask:
+    """The mask as ``create_block_mask`` lays it out: tables as wide as the mask, unused entries filled.
+
+    torch's CPU kernel needs that, and so do some methods of BlockMask.
+    """
+    columns = -(-mask.seq_lengths[1] // mask.BLOCK_SIZE[1])
+    visited = [
+        _dense(getattr(mask, kind + "_num_blocks"), getattr(mask, kind + "_indices"), columns)
+        for kind in ("kv", "full_kv")
+    ]
+    tables = [table for blocks in (*visited, *(x.mT for x in visited)) for table in _ordered(blocks)]
+    named: dict[str, Any] = dict(zip(BLOCK_TABLES, tables, strict=True))
+    return BlockMask(mask.seq_lengths, **named, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask.mask_mod)
+
+
+def _dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """A list of blocks as booleans ``[B, H, rows, columns]``."""
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
+    return dense.scatter_(-1, torch.where(used, indices, columns).long(), True)[..., :columns]
+
+
+def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Booleans ``[B, H, rows, columns]`` as counts and indices, set ones first; every row lists every column."""
+    indices = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return dense.sum(-1, dtype=torch.int32), indices.to(torch.int32)
 
 
 def reference(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
-from gna_flex.flex import RoutedTuple, Tiles
+from gna_flex.flex import RoutedTuple, Tiles, full_width
 from gna_flex.intervals import ceil_div, key_interval, query_interval
 from gna_flex.mask_mod import MaskMod, mask_mod, to_natural
 from gna_flex.neighborhood import GNA, as_int
@@ -23,7 +23,7 @@ from gna_flex.tiling import Interval, TileCounts, TileOrder, choose_tile
 from gna_flex.torch_private import BLOCK_TABLES
 
 DEFAULT_BLOCK = 128
-FULL_WIDTH_ENTRIES = 1 << 22
+FULL_WIDTH_ENTRIES = 1 << 18
 """Up to this many entries the index tables are as wide as torch makes them; beyond it only as wide as needed."""
 MOST_ENTRIES = 1 << 31
 """Masks whose block lists would be longer than this (8 GiB) are refused."""
@@ -150,13 +150,7 @@ class GNABlockMask(BlockMask):
 
     def canonical(self) -> BlockMask:
         """A plain BlockMask laid out as by ``create_block_mask``: tables as wide as the mask, unused entries filled."""
-        dense = [
-            _dense(getattr(self, kind + "_num_blocks"), getattr(self, kind + "_indices"), self.plan.block_counts[1])
-            for kind in ("kv", "full_kv")
-        ]
-        tables = [table for blocks in (*dense, *(x.mT for x in dense)) for table in _ordered(blocks)]
-        named: dict[str, Any] = dict(zip(BLOCK_TABLES, tables, strict=True))
-        return BlockMask(self.seq_lengths, **named, BLOCK_SIZE=self.BLOCK_SIZE, mask_mod=self.mask_mod)
+        return full_width(self)
 
     def to_dense(self) -> Tensor:
         """Visited blocks as ones, skipped ones as zeros: ``[B, H, query blocks, key blocks]``, int32."""
@@ -401,16 +395,3 @@ def _stack(plan: MaskPlan, lists: list[BlockLists], device: torch.device) -> lis
         table = torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])[None].to(device)
         tensors.append(table.expand(plan.batch or 1, plan.heads or len(plan.gnas), *table.shape[2:]))
     return tensors
-
-
-def _dense(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """A list of blocks as booleans ``[B, H, rows, columns]``."""
-    used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    dense = torch.zeros(*counts.shape, columns + 1, dtype=torch.bool, device=indices.device)
-    return dense.scatter_(-1, torch.where(used, indices, columns).long(), True)[..., :columns]
-
-
-def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Booleans ``[B, H, rows, columns]`` as counts and indices, set ones first; every row lists every column."""
-    indices = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return dense.sum(-1, dtype=torch.int32), indices.to(torch.int32)
