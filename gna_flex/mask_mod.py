@@ -4,7 +4,8 @@ The rule itself is not generated; it is :mod:`gna_flex.intervals`. Every number 
 
 Coordinates go through :func:`opaque`. NVIDIA's assembler (CUDA 12.8 to 13.0, sm_90) drops the constant of packed 16-bit
 additions, which LLVM makes of integer arithmetic on values that it can prove to be small, such as remainders (Triton
-issue 11581). It gave wrong attention and gradients in 2 of 204 random masks on an H200.
+issue 11581). Without it, 1 of 204 random masks had wrong gradients on an H200, and a generated permutation kernel went
+wrong in another case; with the assembler's optimisations off (``DISABLE_PTXAS_OPT=1``) both were right.
 """
 
 from __future__ import annotations
