@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -22,7 +21,7 @@ from rich.text import Text
 import gna_flex
 from gna_flex.neighborhood import GNA
 from gna_flex.presets import PRESETS, preset
-from gna_flex.routing import ROUTES, Facts, obstacle_to
+from gna_flex.routing import ROUTES, Facts, cpp_compiler, obstacle_to
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -37,7 +36,6 @@ EXTRAS = {
 DIMENSIONS = ("window", "stride", "dilation")
 """Arguments of which one value holds for every dimension."""
 DTYPES = ("float32", "float16", "bfloat16")
-COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,10 +190,9 @@ def run_info(args: argparse.Namespace) -> None:
 
 def info() -> dict[str, Any]:
     """Versions, devices with their routes (an empty reason means yes), and environment variables."""
-    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     versions: dict[str, str | None] = {"gna-flex": gna_flex.__version__, "torch": torch.__version__}
     versions |= {"python": platform.python_version()}
-    versions |= {name: _version(name) for name in EXTRAS} | {"C++ compiler": compiler}
+    versions |= {name: _version(name) for name in EXTRAS} | {"C++ compiler": cpp_compiler()}
     devices = [("cpu", platform.processor() or platform.machine())]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
@@ -230,6 +227,7 @@ def _routes(device: str) -> dict[str, dict[str, str]]:
         compiling=False,
         has_tiles=True,
         tiles_pay=True,
+        has_compiler=cpp_compiler() is not None,
     )
     uses = {"inference": call, "training": call._replace(needs_grad=True)}
     return {route: {use: obstacle_to(route, facts) for use, facts in uses.items()} for route in ROUTES}

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
+from gna_flex.intervals import ceil_div
 from gna_flex.reference import ScoreMod, reference_attention
-from gna_flex.routing import Facts, Route, choose_route, has_cpp_compiler
+from gna_flex.routing import Facts, Route, choose_route, cpp_compiler
 from gna_flex.tiling import TileOrder
 from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity
 
@@ -76,16 +77,21 @@ def route_of(
             device=query.device.type,
             dtype=query.dtype,
             head_dim=query.shape[-1],
-            pairs=query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2],
+            pairs=_pairs(query, key),
             needs_grad=needs_grad,
             wants_stats=wants_stats,
             compiling=compiling,
             has_tiles=mask.has_tiles(compiling),
             tiles_pay=mask.tiles_pay(compiling),
             backend=(kernel_options or {}).get("BACKEND", "AUTO"),
-            has_compiler=compiling or query.device.type != "cpu" or has_cpp_compiler(),
+            has_compiler=compiling or query.device.type != "cpu" or cpp_compiler() is not None,
         )
     )
+
+
+def _pairs(query: Tensor, key: Tensor) -> int:
+    """Pairs of query and key over batch and heads."""
+    return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
 
 
 def wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -156,7 +162,7 @@ def to_base_2(out: Tensor, lse: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _refuse_dense(query: Tensor, key: Tensor) -> None:
-    pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    pairs = _pairs(query, key)
     if pairs > EAGER_HOP_PAIRS:
         raise RuntimeError(
             f"torch's flex_attention, called without torch.compile and with a score_mod, would hold all {pairs:.1e} "
@@ -203,7 +209,9 @@ def eager_attention(
         score_mod = in_tile_order(score_mod, tiles.to_natural)
     query, key, value = (x.detach().contiguous() for x in (query, key, value))
     function = compiled(statics, mask, tiles, query, key, value, grad, score_mod)
-    block_mask = full_width(tiles.block_mask if tiles else mask.plain)
+    block_mask = tiles.block_mask if tiles else mask.plain
+    if block_mask.kv_indices.shape[-1] * block_mask.BLOCK_SIZE[1] < block_mask.seq_lengths[1]:
+        block_mask = full_width(block_mask)
     out, _, _ = function(statics, query, key, value, block_mask, score_mod, None)
     return (tiles.order.unpermute(out) if tiles else out), None, None
 
@@ -213,7 +221,7 @@ def full_width(mask: BlockMask) -> BlockMask:
 
     torch's CPU kernel needs that, and so do some methods of BlockMask.
     """
-    columns = -(-mask.seq_lengths[1] // mask.BLOCK_SIZE[1])
+    columns = ceil_div(mask.seq_lengths[1], mask.BLOCK_SIZE[1])
     visited = [
         _dense(getattr(mask, kind + "_num_blocks"), getattr(mask, kind + "_indices"), columns)
         for kind in ("kv", "full_kv")

@@ -128,10 +128,10 @@ def obstacle_to(name: str, facts: Facts) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def has_cpp_compiler() -> bool:
-    """Whether torch.compile can find a C++ compiler: ``CXX``, or one of the usual names."""
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile can find, ``CXX`` or one of the usual names; ``None`` without one."""
     names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
-    return any(shutil.which(name) for name in names if name)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def unprofitable(name: str, facts: Facts) -> str:

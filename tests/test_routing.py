@@ -17,7 +17,7 @@ from gna_flex.routing import (
     Facts,
     Route,
     choose_route,
-    has_cpp_compiler,
+    cpp_compiler,
     obstacle_to,
 )
 
@@ -218,9 +218,9 @@ def test_no_compiler_means_the_reference_on_a_cpu():
 def test_finds_a_compiler_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    has_cpp_compiler.cache_clear()
-    assert not has_cpp_compiler()
+    cpp_compiler.cache_clear()
+    assert not cpp_compiler()
     (tmp_path / "g++").touch(mode=0o755)
-    has_cpp_compiler.cache_clear()
-    assert has_cpp_compiler()
-    has_cpp_compiler.cache_clear()
+    cpp_compiler.cache_clear()
+    assert cpp_compiler()
+    cpp_compiler.cache_clear()
