@@ -1,0 +1,114 @@
+"""Decides conditions that hold symbols: true for all legal values, for none, or what remains of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from gna_flex.symbolic.lemmas import Condition, Value
+
+Verdict = bool | Boolean
+"""True, False, or the SymPy condition that remains."""
+MOST_FACTS = 6
+
+
+def decide(condition: Condition, facts: Sequence[sympy.Expr] = ()) -> Verdict:
+    """The verdict on one condition; an undecided one comes back simplified, equal for all legal values.
+
+    Args:
+        condition: what to decide.
+        facts: expressions known not to be negative.
+
+    >>> n = sympy.Symbol("n", integer=True, positive=True)
+    >>> decide(Condition("divides", 8, 16 * n, "key tile", "window"))
+    True
+    >>> decide(Condition("divides", 8, 16 * n + 12 * n + 4, "key tile", "window"))
+    Eq(Mod(4*n + 4, 8), 0)
+    """
+    left, right = condition.left, condition.right
+    if isinstance(left, int) and isinstance(right, int):
+        return bool(condition.holds)
+    left, right = tidy(left), tidy(right)
+    if condition.relation == "divides":
+        return divides(left, right, facts)
+    if condition.relation == "equals":
+        return _equals(left, right, facts)
+    verdict = at_most(left, right, facts)
+    if condition.relation == "at most":
+        return verdict
+    return not verdict if isinstance(verdict, bool) else sympy.Gt(left, right)
+
+
+def tidy(value: Value) -> sympy.Expr:
+    """An expression multiplied out, with halves of odd numbers rounded down."""
+    expression = sympy.expand(sympy.sympify(value))
+    return sympy.expand(expression.replace(_is_floor_of_odd_half, lambda half: half.args[0] - sympy.Rational(1, 2)))
+
+
+def divides(divisor: sympy.Expr, value: sympy.Expr, facts: Sequence[sympy.Expr] = ()) -> Verdict:
+    """Whether the positive ``divisor`` divides ``value``; multiples of it are dropped from what remains."""
+    terms = [t for t in sympy.Add.make_args(value) if not sympy.expand(t / divisor).is_integer]
+    rest = sympy.Add(*terms)
+    whole = sympy.expand(rest / divisor).is_integer
+    if rest == 0 or whole:
+        return True
+    if rest.could_extract_minus_sign():
+        rest = -rest
+    if whole is False or (not_negative(rest - 1, facts) and not_negative(divisor - rest - 1, facts)):
+        return False
+    return _plain(sympy.Eq(sympy.Mod(rest, divisor), 0))
+
+
+def at_most(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) -> Verdict:
+    """Whether ``left <= right``, both integers."""
+    if not_negative(right - left, facts):
+        return True
+    if not_negative(left - right - 1, facts):
+        return False
+    return _plain(sympy.Le(left, right))
+
+
+def not_negative(value: sympy.Expr, facts: Sequence[sympy.Expr]) -> bool:
+    """Whether ``value >= 0`` follows from the signs of its symbols and from a sum of a few facts, each used once."""
+    value = sympy.expand(value)
+    if value.is_nonnegative:
+        return True
+    if value.is_number or value.is_negative:
+        return False
+    related = [fact for fact in facts if fact.free_symbols & value.free_symbols][:MOST_FACTS]
+    return any(
+        sympy.expand(value - sympy.Add(*chosen)).is_nonnegative
+        for many in range(1, len(related) + 1)
+        for chosen in itertools.combinations(related, many)
+    )
+
+
+def conjunction(verdicts: Iterable[Verdict]) -> Verdict:
+    """All of several verdicts."""
+    return _plain(sympy.And(*verdicts))
+
+
+def disjunction(verdicts: Iterable[Verdict]) -> Verdict:
+    """Any of several verdicts."""
+    return _plain(sympy.Or(*verdicts))
+
+
+def _equals(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) -> Verdict:
+    difference = sympy.expand(left - right)
+    if difference == 0:
+        return True
+    if not_negative(difference - 1, facts) or not_negative(-difference - 1, facts):
+        return False
+    return _plain(sympy.Eq(left, right))
+
+
+def _is_floor_of_odd_half(expression: sympy.Expr) -> bool:
+    return isinstance(expression, sympy.floor) and bool((expression.args[0] - sympy.Rational(1, 2)).is_integer)
+
+
+def _plain(verdict: Boolean) -> Verdict:
+    """A Python bool in place of SymPy's true and false."""
+    return bool(verdict) if verdict in (sympy.true, sympy.false) else verdict
