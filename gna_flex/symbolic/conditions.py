@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from gna_flex.symbolic.lemmas import Condition, Value
 
-Verdict = bool | Boolean
+Verdict: TypeAlias = "bool | Boolean"
 """True, False, or the SymPy condition that remains."""
-MOST_FACTS = 6
+MOST_FACTS = 3
+"""Most facts that are added up to show a comparison; the same one may be used again."""
 
 
 def decide(condition: Condition, facts: Sequence[sympy.Expr] = ()) -> Verdict:
@@ -26,7 +29,7 @@ def decide(condition: Condition, facts: Sequence[sympy.Expr] = ()) -> Verdict:
     >>> decide(Condition("divides", 8, 16 * n, "key tile", "window"))
     True
     >>> decide(Condition("divides", 8, 16 * n + 12 * n + 4, "key tile", "window"))
-    Eq(Mod(4*n + 4, 8), 0)
+    Eq(Mod(n + 1, 2), 0)
     """
     left, right = condition.left, condition.right
     if isinstance(left, int) and isinstance(right, int):
@@ -51,7 +54,7 @@ def tidy(value: Value) -> sympy.Expr:
 def divides(divisor: sympy.Expr, value: sympy.Expr, facts: Sequence[sympy.Expr] = ()) -> Verdict:
     """Whether the positive ``divisor`` divides ``value``; multiples of it are dropped from what remains."""
     terms = [t for t in sympy.Add.make_args(value) if not sympy.expand(t / divisor).is_integer]
-    rest = sympy.Add(*terms)
+    divisor, rest = _reduced(divisor, terms)
     whole = sympy.expand(rest / divisor).is_integer
     if rest == 0 or whole:
         return True
@@ -59,7 +62,18 @@ def divides(divisor: sympy.Expr, value: sympy.Expr, facts: Sequence[sympy.Expr] 
         rest = -rest
     if whole is False or (not_negative(rest - 1, facts) and not_negative(divisor - rest - 1, facts)):
         return False
-    return _plain(sympy.Eq(sympy.Mod(rest, divisor), 0))
+    return _plain(sympy.Eq(sympy.Mod(rest, divisor, evaluate=False), 0))
+
+
+def _reduced(divisor: sympy.Expr, terms: Sequence[sympy.Expr]) -> tuple[sympy.Expr, sympy.Expr]:
+    """Divisor and sum with small coefficients and no common factor, if the divisor is a number."""
+    parts = [term.as_coeff_Mul() for term in terms]
+    if not divisor.is_Integer or not all(number.is_Integer for number, _ in parts):
+        return divisor, sympy.Add(*terms)
+    # Of the two residues the one nearer to zero.
+    residues = [(number + divisor // 2) % divisor - divisor // 2 for number, _ in parts]
+    factor = sympy.Integer(math.gcd(divisor, *residues))
+    return divisor / factor, sympy.Add(*(n / factor * term for n, (_, term) in zip(residues, parts, strict=True)))
 
 
 def at_most(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) -> Verdict:
@@ -72,17 +86,17 @@ def at_most(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) ->
 
 
 def not_negative(value: sympy.Expr, facts: Sequence[sympy.Expr]) -> bool:
-    """Whether ``value >= 0`` follows from the signs of its symbols and from a sum of a few facts, each used once."""
+    """Whether ``value >= 0`` follows from the signs of its symbols and from a sum of up to three facts."""
     value = sympy.expand(value)
     if value.is_nonnegative:
         return True
     if value.is_number or value.is_negative:
         return False
-    related = [fact for fact in facts if fact.free_symbols & value.free_symbols][:MOST_FACTS]
+    related = [fact for fact in facts if fact.free_symbols & value.free_symbols]
     return any(
         sympy.expand(value - sympy.Add(*chosen)).is_nonnegative
-        for many in range(1, len(related) + 1)
-        for chosen in itertools.combinations(related, many)
+        for many in range(1, MOST_FACTS + 1)
+        for chosen in itertools.combinations_with_replacement(related, many)
     )
 
 

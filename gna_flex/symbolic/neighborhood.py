@@ -86,9 +86,10 @@ class SymbolicGNA:
         >>> SymbolicGNA(8 * n, window=n).subs({n: 4})
         GNA(layout=(32,), window=(4,), stride=(1,), dilation=(1,), causal=(False,), text_first=0, text_last=0)
         """
-        parts = ([substitute(x, values) for x in part] for part in (self.layout, self.window, self.stride))
-        dilation = [substitute(x, values) for x in self.dilation]
-        return GNA(*parts, dilation, self.causal)
+        layout, window, stride, dilation = (
+            [substitute(x, values) for x in part] for part in (self.layout, self.window, self.stride, self.dilation)
+        )
+        return GNA(layout, window, stride, dilation, self.causal)
 
     def __str__(self) -> str:
         parts = [f"layout {_show(self.layout)}", f"window {_show(self.window)}"]

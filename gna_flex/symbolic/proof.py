@@ -117,6 +117,11 @@ class Argument:
     dimensions: tuple[Dimension, ...]
 
     @property
+    def parts(self) -> tuple[GNA | SymbolicGNA, tuple[Number, ...], tuple[Number, ...], Tiling, tuple[Dimension, ...]]:
+        """The fields, in order."""
+        return self.gna, self.q_tile, self.kv_tile, self.tiling, self.dimensions
+
+    @property
     def lemmas(self) -> tuple[Lemma, ...]:
         """The lemmas used, each once."""
         names = ["product"] if len(self.dimensions) > 1 else []

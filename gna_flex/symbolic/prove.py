@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import sympy
 
@@ -12,7 +11,7 @@ from gna_flex.symbolic import domain
 from gna_flex.symbolic.conditions import Verdict, conjunction, decide
 from gna_flex.symbolic.lemmas import TILINGS, Case, Condition, Tiling, cases, group_lengths, moves
 from gna_flex.symbolic.neighborhood import Number, Numbers, SymbolicGNA, numbers
-from gna_flex.symbolic.proof import Branch, Dimension, Group, Proof, Refutation, Step
+from gna_flex.symbolic.proof import Argument, Branch, Dimension, Group, Proof, Refutation, Step
 
 
 def prove(
@@ -37,11 +36,13 @@ def prove(
     >>> result.perfect
     True
     >>> result = prove(GNA(256, window=80), 16)
-    >>> result.perfect, [str(remedy) for remedy in result.remedies][0]
+    >>> result.perfect, str(result.remedies[0])
     (False, 'stride 16 instead of 1')
     >>> n, s = sympy.symbols("n s", integer=True, positive=True)
-    >>> prove(SymbolicGNA(128 * n, window=64, stride=s), 128, 16).conditions
-    (False,)
+    >>> prove(SymbolicGNA(128 * n + 64, window=64, stride=64), 64, 32).perfect
+    True
+    >>> prove(SymbolicGNA(128 * n + 256, window=64, stride=16 * s), 16, 16).conditions
+    (Eq(Mod(s, 2), 0),)
     """
     q_tiles = tile_numbers("q_tile", q_tile, gna)
     kv_tiles = q_tiles if kv_tile is None else tile_numbers("kv_tile", kv_tile, gna)
@@ -50,29 +51,26 @@ def prove(
         _dimension(axis, *dim, tq, tk, tiling)
         for axis, (dim, tq, tk) in enumerate(zip(gna.dims(), q_tiles, kv_tiles, strict=True))
     )
-    question = (gna, q_tiles, kv_tiles, tiling, dimensions)
+    question = Argument(gna, q_tiles, kv_tiles, tiling, dimensions)
     verdict = conjunction(dimension.verdict for dimension in dimensions)
     symbols = domain.symbols_of(dimensions)
     if not symbols:
-        return Proof(*question) if verdict is True else Refutation(*question)
-    return _with_symbols(question, verdict, symbols, tiling)
+        return Proof(*question.parts) if verdict is True else Refutation(*question.parts)
+    return _with_symbols(question, verdict, symbols)
 
 
-def _with_symbols(
-    question: Any, verdict: Verdict, symbols: tuple[sympy.Symbol, ...], tiling: Tiling
-) -> Proof | Refutation:
+def _with_symbols(question: Argument, verdict: Verdict, symbols: tuple[sympy.Symbol, ...]) -> Proof | Refutation:
     """The answer where symbols remain: exact over few legal values, else what the derivation left."""
-    found = domain.explore(question[4], symbols, tiling)
+    found = domain.explore(question.dimensions, symbols, question.tiling)
     if not found.legal and (found.all_values or verdict is False):
         rule = "1 <= stride <= window and window * dilation <= layout, tiles at least 1"
-        raise ValueError(f"{question[0]}: no legal values of {', '.join(map(str, symbols))} were found; {rule}")
+        raise ValueError(f"{question.gna}: no legal values of {', '.join(map(str, symbols))} were found; {rule}")
     if verdict is True or (found.all_values and not found.fails):
-        return Proof(*question, checked=0 if verdict is True else found.legal)
+        return Proof(*question.parts, checked=0 if verdict is True else found.legal)
     if verdict is False or (found.all_values and not found.holds):
-        return Refutation(*question, substitution=found.fails[0])
-    assert not isinstance(verdict, bool)
+        return Refutation(*question.parts, substitution=found.fails[0])
     return Proof(
-        *question,
+        *question.parts,
         conditions=tuple(sorted(sympy.And.make_args(verdict), key=str)),
         holds_for=found.holds[0] if found.holds else None,
         fails_for=found.fails[0] if found.fails else None,
@@ -169,4 +167,5 @@ def _starts(length: int, window: int, stride: int, causal: bool) -> str:
     last = [at.slack]
     inner = [start for start in (at.first_start, at.first_start + stride) if start < at.slack]
     dots = ["..."] if at.first_start + 2 * stride < at.slack else []
-    return f"Windows start at {', '.join(map(str, [0, *inner, *dots, *last]))}; the first move is at query {at.first_move}."
+    shown = ", ".join(map(str, [0, *inner, *dots, *last]))
+    return f"Windows start at {shown}; the first move is at query {at.first_move}."

@@ -59,7 +59,7 @@ def nearest_remedies(gna: GNA, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]
     """The nearest remedy of each kind: in every dimension that fails, the least change that helps.
 
     >>> [str(r) for r in nearest_remedies(GNA((64, 64), 16, (8, 1)), (8, 8), (8, 8), "static")][:2]
-    ['stride 8x16 instead of 8x1', 'key tile 8x1 instead of 8x8 and query tile 8x1 instead of 8x8']
+    ['stride 16x16 instead of 8x1', 'window 24x64 instead of 16x16']
     """
     remedies: list[Remedy] = []
     dims = [
@@ -86,7 +86,7 @@ def _remedy(
         return tuple(row[name] for row in rows)
 
     parts = [column(new, name) for name in ("layout", "window", "stride", "dilation", "causal")]
-    changed = GNA(*parts, gna.text_first, gna.text_last)  # type: ignore[arg-type]
+    changed = GNA(*parts, text_first=gna.text_first, text_last=gna.text_last)  # type: ignore[arg-type, misc]
     proof = prove(changed, column(new, "q_tile"), column(new, "kv_tile"), tiling)
     assert isinstance(proof, Proof)
     return Remedy({n: column(new, n) for n in names}, {n: column(old, n) for n in names}, proof)
@@ -123,8 +123,8 @@ def _candidates(dim: dict[str, Any], name: str, reach: int, alone: bool) -> np.n
 
 
 def _perfect(values: dict[str, Any], tiling: Tiling) -> Any:
-    names = ("layout", "window", "stride", "dilation", "causal", "q_tile", "kv_tile")
-    return perfect(*(values[name] for name in names), tiling)
+    names = {"length": "layout"} | {n: n for n in ("window", "stride", "dilation", "causal", "q_tile", "kv_tile")}
+    return perfect(tiling=tiling, **{argument: values[name] for argument, name in names.items()})
 
 
 def _by_x(values: tuple[int, ...]) -> str:

@@ -129,7 +129,7 @@ def solve(
 
     >>> solution = solve(GNA((30, 48, 80), (18, 24, 24)), (4, 8, 8), (2, 8, 8))
     >>> solution.smallest, len(solution)
-    ((16, 8, 8), 8)
+    ((16, 8, 8), 4)
     >>> solve(GNA(32768, 2048), 128, unknown="stride").smallest
     (256,)
     """

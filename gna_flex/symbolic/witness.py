@@ -88,7 +88,7 @@ def first_witness(gna: GNA, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], t
 
     >>> found = first_witness(GNA(64, window=16), (8,), (8,), "static")
     >>> found.q_tile, found.kv_tile, found.dropped
-    ((1,), (0,), ((9,), (0,)))
+    ((1,), (0,), ((15,), (0,)))
     """
     dims = list(gna.dims())
     for group in _groups(dims):
