@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, Runs, TiledRelation, block_lists
-from gna_flex.intervals import ceil_div, key_interval
+from gna_flex.counts import NATURAL_BLOCK, NATURAL_LIMIT, listed_blocks, natural_counts, relation_of
+from gna_flex.intervals import ceil_div
 from gna_flex.neighborhood import GNA, Ints
 from gna_flex.tiling import PARTIAL_COST, TileCounts, TileOrder, choose_tile, tile_counts
+from gna_flex.words import amount, by_x, percent, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-NATURAL_BLOCK = 128
-"""Tokens per block in natural order, as torch's ``create_block_mask`` has them."""
-NATURAL_LIMIT = 1 << 26
-"""Most blocks that are listed to count those of natural order (about 4 s) unless the caller asks for more."""
-ROWS_AT_ONCE = 2048
-SAMPLE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -220,7 +212,7 @@ class Report:
     def _tile_name(self) -> str:
         if self.tiles is None or self.tiles.q_tile is None or self.tiles.kv_tile is None:
             return ""
-        q_tile, kv_tile = ("x".join(map(str, tile)) for tile in (self.tiles.q_tile, self.tiles.kv_tile))
+        q_tile, kv_tile = map(by_x, (self.tiles.q_tile, self.tiles.kv_tile))
         if q_tile == kv_tile:
             return f"{'best tile' if self.best_tile else 'tile'} {q_tile}"
         return f"tiles q {q_tile}, kv {kv_tile}"
@@ -246,35 +238,6 @@ class Report:
             notes.append(f"tiles stick out of the grid: padding makes {padded} blocks of {dense}")
         notes.append(f"predicted: kernel speed-up where a partial block costs {PARTIAL_COST} full ones")
         return notes
-
-
-def amount(number: int) -> str:
-    """A number of blocks, in millions if it is long.
-
-    >>> amount(72900), amount(15485313600)
-    ('72,900', '15,485.3M')
-    """
-    return f"{number:,}" if number < 10_000_000 else f"{number / 1e6:,.1f}M"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that tells little from none, and much from all.
-
-    >>> percent(0.5), percent(0.00048), percent(0.99952)
-    ('50.0%', '0.048%', '99.95%')
-    """
-    if 0 < share < 0.01:
-        return f"{100 * share:.2g}%"
-    return f"{share:.2%}" if 0.99 < share < 1 else f"{share:.1%}"
-
-
-def times(factor: float) -> str:
-    """A factor with the digits that matter.
-
-    >>> times(11.1111), times(0.945), times(11869.1)
-    ('11.11x', '0.94x', '11,869x')
-    """
-    return f"{factor:,.0f}x" if factor >= 1000 else f"{factor:.{2 if factor < 100 else 1}f}x"
 
 
 def _cells(name: str, blocks: BlockReport) -> list[Any]:
@@ -373,44 +336,3 @@ def _block_report(
         total=sum(heads[gna] * count.total for gna, count in counts.items()),
         dense=ceil_div(first.tokens, q_block) * ceil_div(first.tokens, kv_block) * many,
     )
-
-
-def relation_of(gna: GNA, q_tile: Ints | None = None, kv_tile: Ints | None = None) -> Relation:
-    """Which block of keys each block of queries sees, in natural order or, given tiles, in tile order."""
-    if q_tile is None:
-        return RowMajorRelation(gna, NATURAL_BLOCK, NATURAL_BLOCK, key_interval)
-    kv_tile = q_tile if kv_tile is None else kv_tile
-    return TiledRelation(TileOrder(gna, q_tile), TileOrder(gna, kv_tile), key_interval)  # type: ignore[arg-type]
-
-
-class _SomeRows:
-    """``rows`` rows of a relation from ``begin`` on."""
-
-    def __init__(self, relation: Relation, begin: int, rows: int) -> None:
-        self.relation, self.begin, self.rows = relation, begin, rows
-        self.columns, self.block = relation.columns, relation.block
-
-    def runs(self, rows: np.ndarray) -> tuple[Runs, Runs]:
-        return self.relation.runs(rows + self.begin)
-
-
-def lists_by_rows(relation: Relation) -> Iterator[tuple[int, BlockLists]]:
-    """The block lists of a relation a few thousand rows at a time, each with its first row: memory stays small."""
-    for begin in range(0, relation.rows, ROWS_AT_ONCE):
-        yield begin, block_lists(_SomeRows(relation, begin, min(ROWS_AT_ONCE, relation.rows - begin)))
-
-
-def listed_blocks(relation: Relation) -> int:
-    """About how many blocks the lists of a relation hold, from a few rows in its middle."""
-    rows = min(SAMPLE_ROWS, relation.rows)
-    lists = block_lists(_SomeRows(relation, (relation.rows - rows) // 2, rows))
-    return int(lists.full_counts.sum() + lists.partial_counts.sum()) * relation.rows // rows
-
-
-def natural_counts(relation: Relation) -> TileCounts:
-    """Full, partial and all blocks of a relation, counted."""
-    full = partial = 0
-    for _, lists in lists_by_rows(relation):
-        full += int(lists.full_counts.sum())
-        partial += int(lists.partial_counts.sum())
-    return TileCounts(full=full, partial=partial, total=relation.rows * relation.columns)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gna_flex.counts import NATURAL_LIMIT, listed_blocks, lists_by_rows, relation_of
 from gna_flex.intervals import ceil_div, group_length, key_interval
 from gna_flex.neighborhood import GNA, Ints, as_int, per_dim
-from gna_flex.report import NATURAL_LIMIT, listed_blocks, lists_by_rows, relation_of
 from gna_flex.tiling import TileOrder, choose_tile, tile_intervals
+from gna_flex.words import by_x
 
 
 def key_ranges(gna: GNA, query: tuple[int, ...]) -> tuple[range, ...]:
@@ -92,11 +92,6 @@ def tiles_of(gna: GNA, q_tile: Ints | None, kv_tile: Ints | None) -> tuple[tuple
         return best, best
     q, kv = (TileOrder(gna, tile).tile for tile in (q_tile, q_tile if kv_tile is None else kv_tile))  # type: ignore[arg-type]
     return q, kv
-
-
-def by_x(values: Sequence[int]) -> str:
-    """Sizes as people write them: ``2x8x8``."""
-    return "x".join(map(str, values))
 
 
 @dataclass(frozen=True)

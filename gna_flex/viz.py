@@ -18,8 +18,8 @@ from rich.text import Text
 
 from gna_flex.intervals import ceil_div
 from gna_flex.neighborhood import GNA, Ints
-from gna_flex.report import percent
-from gna_flex.scene import Axis, BlockPicture, axes_of, block_picture, by_x, tiles_of
+from gna_flex.scene import Axis, BlockPicture, axes_of, block_picture, tiles_of
+from gna_flex.words import by_x, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,6 +13,7 @@ from gna_flex.neighborhood import GNA
 from gna_flex.symbolic.conditions import Verdict, conjunction, disjunction
 from gna_flex.symbolic.lemmas import LEMMAS, Condition, Lemma, Tiling
 from gna_flex.symbolic.neighborhood import Number, SymbolicGNA
+from gna_flex.words import by_x
 
 if TYPE_CHECKING:
     from gna_flex.symbolic.remedies import Remedy
@@ -133,7 +134,7 @@ class Argument:
     @property
     def question(self) -> str:
         """The neighborhood and the tiles in words."""
-        tiles = f"query tile {_by_x(self.q_tile)}, key tile {_by_x(self.kv_tile)}"
+        tiles = f"query tile {by_x(self.q_tile)}, key tile {by_x(self.kv_tile)}"
         return f"{self.gna}; {tiles}, {self.tiling} tiling"
 
     def derivation(self) -> list[str]:
@@ -396,7 +397,3 @@ def _dimension_json(d: Dimension) -> dict[str, Any]:
 
 def _json(value: Any) -> Any:
     return value if isinstance(value, bool | int) else str(value)
-
-
-def _by_x(values: tuple[Number, ...]) -> str:
-    return "x".join(map(str, values))

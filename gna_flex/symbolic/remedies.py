@@ -11,6 +11,7 @@ from gna_flex.neighborhood import GNA
 from gna_flex.symbolic.lemmas import Tiling, perfect
 from gna_flex.symbolic.proof import Proof
 from gna_flex.symbolic.prove import prove
+from gna_flex.words import by_x
 
 KINDS: tuple[tuple[str, ...], ...] = (
     ("stride",),
@@ -45,7 +46,7 @@ class Remedy:
     def __str__(self) -> str:
         names = {"q_tile": "query tile", "kv_tile": "key tile"}
         parts = [
-            f"{names.get(name, name)} {_by_x(value)} instead of {_by_x(self.before[name])}"
+            f"{names.get(name, name)} {by_x(value)} instead of {by_x(self.before[name])}"
             for name, value in self.change.items()
         ]
         return " and ".join(parts)
@@ -125,7 +126,3 @@ def _candidates(dim: dict[str, Any], name: str, reach: int, alone: bool) -> np.n
 def _perfect(values: dict[str, Any], tiling: Tiling) -> Any:
     names = {"length": "layout"} | {n: n for n in ("window", "stride", "dilation", "causal", "q_tile", "kv_tile")}
     return perfect(tiling=tiling, **{argument: values[name] for argument, name in names.items()})
-
-
-def _by_x(values: tuple[int, ...]) -> str:
-    return "x".join(map(str, values))
