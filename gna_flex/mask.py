@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelatio
 from gna_flex.flex import RoutedTuple, Tiles, full_width
 from gna_flex.intervals import ceil_div, key_interval, query_interval
 from gna_flex.mask_mod import MaskMod, mask_mod, to_natural
-from gna_flex.neighborhood import GNA, as_int
+from gna_flex.neighborhood import GNA, Ints, as_int
 from gna_flex.tiling import Interval, TileCounts, TileOrder, choose_tile
 from gna_flex.torch_private import BLOCK_TABLES
+
+if TYPE_CHECKING:
+    from gna_flex.report import Report
 
 DEFAULT_BLOCK = 128
 FULL_WIDTH_ENTRIES = 1 << 18
@@ -109,6 +112,18 @@ class GNABlockMask(BlockMask):
     def gna(self) -> GNA | tuple[GNA, ...]:
         """The GNA of the mask, or one GNA per head."""
         return self.plan.gnas[0] if len(self.plan.gnas) == 1 else self.plan.gnas
+
+    def report(self, *, q_tile: Ints | None = None, kv_tile: Ints | None = None) -> Report:
+        """What the mask skips, what it buys, and the proof: :func:`gna_flex.report.report` of its GNA.
+
+        A further condition (``and_mask``) is left out.
+
+        >>> gna_mask(GNA((16, 16), 8, 8), device="cpu").report(q_tile=(8, 8)).perfect
+        True
+        """
+        from gna_flex.report import report
+
+        return report(self.plan.gnas, q_tile=q_tile, kv_tile=kv_tile)
 
     @property
     def device(self) -> torch.device:

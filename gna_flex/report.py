@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from gna_flex.counts import NATURAL_BLOCK, NATURAL_LIMIT, listed_blocks, natural_counts, relation_of
+from gna_flex.counts import NATURAL_BLOCK, NATURAL_LIMIT, listed_blocks, relation_of
 from gna_flex.intervals import ceil_div
 from gna_flex.neighborhood import GNA, Ints
+from gna_flex.simulate import Simulation, simulate
+from gna_flex.symbolic.proof import Proof, Refutation
+from gna_flex.symbolic.prove import prove
 from gna_flex.tiling import PARTIAL_COST, TileCounts, TileOrder, choose_tile, tile_counts
 from gna_flex.words import amount, by_x, percent, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+TILING_NAMES = {"flat": "natural order", "static": "static tiles", "anchored": "anchored tiles"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class BlockReport:
         return self.dense / (self.full + PARTIAL_COST * self.partial)
 
     @property
-    def perfect(self) -> bool:
-        """Whether the order is perfectly block-sparse: no visited block needs the mask."""
+    def maskless(self) -> bool:
+        """Whether no visited block needs the mask; blocks that stick out of the grid do."""
         return self.partial == 0
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +84,7 @@ class BlockReport:
             "skipped": self.skipped,
             "speedup": self.speedup,
             "predicted_speedup": self.predicted_speedup,
-            "perfectly_block_sparse": self.perfect,
+            "maskless": self.maskless,
         }
 
 
@@ -94,6 +99,9 @@ class Report:
         natural: blocks in natural row-major order; ``None`` if left out because there are too many.
         tiles: blocks in tile order; ``None`` if the heads have none in common (their dilations differ).
         best_tile: whether the tile was chosen as the best one, not given.
+        simulations: for each different GNA the tiles per query tile in natural order (if counted), and with ``tiles``
+            static and anchored.
+        proofs: for each different GNA whether static ``tiles`` are perfectly block-sparse, with the reasons.
     """
 
     gnas: tuple[GNA, ...]
@@ -102,6 +110,13 @@ class Report:
     natural: BlockReport | None
     tiles: BlockReport | None
     best_tile: bool
+    simulations: tuple[Simulation, ...]
+    proofs: tuple[Proof | Refutation, ...]
+
+    @property
+    def perfect(self) -> bool:
+        """Whether all masks are perfectly block-sparse in static ``tiles``: proved, not counted."""
+        return bool(self.proofs) and all(self.proofs)
 
     @property
     def all_pairs(self) -> int:
@@ -130,13 +145,24 @@ class Report:
                 parts.append(f"Natural order skips {percent(self.natural.skipped)} of the blocks.")
             return " ".join(parts)
         parts.append(self._tiles_against_natural())
-        if self.tiles.perfect:
-            parts.append("Every visited block is full, so no mask is evaluated: perfectly block-sparse.")
+        if self.perfect and self.tiles.maskless:
+            parts.append("Every visited block is full, so no mask is evaluated: proved perfectly block-sparse.")
+        elif self.perfect:
+            parts.append("Proved perfectly block-sparse; only blocks that stick out of the grid need the mask.")
         elif self.tiles.speedup < 1.1:
             parts.append("Blocks of this size barely skip anything: dense attention may be as fast.")
         else:
             parts.append(f"{self.tiles.partial / self.tiles.visited:.0%} of its visited blocks are partial.")
+            parts += self._remedy()
         return " ".join(parts)
+
+    def _remedy(self) -> list[str]:
+        """The nearest change that makes a single mask perfectly block-sparse and still skips something."""
+        if len(self.proofs) != 1 or not isinstance(self.proofs[0], Refutation):
+            return []
+        remedies = [r for r in self.proofs[0].remedies if "q_tile" not in r.change]
+        useful = [r for r in remedies if isinstance(r.proof.gna, GNA) and not r.proof.gna.is_dense]
+        return [f"It would be perfectly block-sparse with {useful[0]}."] if useful else []
 
     def _tiles_against_natural(self) -> str:
         tiles, natural = self.tiles, self.natural
@@ -163,7 +189,9 @@ class Report:
             "natural": self.natural and self.natural.to_json(),
             "tiles": self.tiles and self.tiles.to_json(),
             "best_tile": self.best_tile,
-            "perfectly_block_sparse": bool(self.tiles and self.tiles.perfect),
+            "perfectly_block_sparse": self.perfect,
+            "simulations": [simulation.to_json() for simulation in self.simulations],
+            "proofs": [proof.to_json() for proof in self.proofs],
             "verdict": self.verdict,
         }
 
@@ -199,7 +227,28 @@ class Report:
                 table.add_row(*_cells(name, blocks))
         notes = Text("\n").join(Text(note, style="dim") for note in self._notes())
         verdict = Text.assemble(("> ", "bold green"), (self.verdict, "italic"))
-        return Group(title, pairs, Padding(table, (1, 0)), notes, Padding(verdict, (1, 0, 0, 0)))
+        worst = [Padding(self._per_query_tile(), (0, 0, 1, 0))] if len(heads) == 1 and self.simulations else []
+        return Group(title, pairs, Padding(table, (1, 0)), *worst, notes, Padding(verdict, (1, 0, 0, 0)))
+
+    def _per_query_tile(self) -> RenderableType:
+        """Key tiles that a query tile visits, one row for each tiling."""
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("key tiles of a query tile", no_wrap=True)
+        for name in ("dense", "worst", "mean", "fewer (worst)", "fewer (mean)"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for s in self.simulations:
+            table.add_row(
+                TILING_NAMES[s.tiling],
+                amount(s.dense),
+                amount(s.visited_max),
+                f"{s.visited_mean:,.1f}",
+                times(s.speedup),
+                times(s.mean_speedup),
+                style="bold green" if s.perfect else "",
+            )
+        return table
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -228,11 +277,6 @@ class Report:
             notes.append("a block is 128 x 128 tokens")
         if self.natural is None:
             notes.append("natural order left out: too many blocks to list them quickly")
-        elif self.natural.visited > self.natural.rows:
-            per_row = [f"{self.natural.visited / self.natural.rows:,.1f} in natural order"]
-            if self.tiles:
-                per_row.append(f"{self.tiles.visited / self.tiles.rows:,.1f} in tile order")
-            notes.append(f"key blocks visited per query block: {', '.join(per_row)}")
         if self.tiles and self.tiles.total > self.tiles.dense:
             padded, dense = amount(self.tiles.total), amount(self.tiles.dense)
             notes.append(f"tiles stick out of the grid: padding makes {padded} blocks of {dense}")
@@ -243,7 +287,7 @@ class Report:
 def _cells(name: str, blocks: BlockReport) -> list[Any]:
     from rich.text import Text
 
-    style = "bold green" if blocks.perfect else ""
+    style = "bold green" if blocks.maskless else ""
     return [
         Text(name, style),
         Text(amount(blocks.full), style),
@@ -275,7 +319,7 @@ def report(
         ValueError: if tiles do not fit the layout, or ``kv_tile`` is given alone.
 
     >>> result = report(GNA((30, 48, 80), (18, 24, 24), (16, 8, 8)))
-    >>> result.tiles.visited // result.tiles.rows, result.tiles.perfect, round(result.flop_speedup, 2)
+    >>> result.tiles.visited // result.tiles.rows, result.perfect, round(result.flop_speedup, 2)
     (81, True, 11.11)
     """
     gnas = (gna,) if isinstance(gna, GNA) else tuple(gna)
@@ -284,23 +328,36 @@ def report(
     if q_tile is None and kv_tile is not None:
         raise ValueError(f"kv_tile={kv_tile!r} needs a q_tile")
     heads = Counter(gnas)
+    flat = _natural(heads, natural)
+    tiles = _tiles(heads, q_tile, q_tile if kv_tile is None else kv_tile)
+    simulations, proofs = [], []
+    for each in heads:
+        simulations += [flat[each]] if flat else []
+        if tiles and tiles.q_tile and tiles.kv_tile:
+            simulations += [simulate(each, tiles.q_tile, tiles.kv_tile, tiling) for tiling in ("static", "anchored")]
+            proofs.append(prove(each, tiles.q_tile, tiles.kv_tile))
     return Report(
         gnas=gnas,
         tokens=gnas[0].tokens,
         kept_pairs=sum(count * g.kept_pairs() for g, count in heads.items()),
-        natural=_natural(heads, natural),
-        tiles=_tiles(heads, q_tile, q_tile if kv_tile is None else kv_tile),
+        natural=_natural_report(heads, flat) if flat else None,
+        tiles=tiles,
         best_tile=q_tile is None,
+        simulations=tuple(simulations),
+        proofs=tuple(proofs),
     )
 
 
-def _natural(heads: Counter[GNA], wanted: bool | None) -> BlockReport | None:
+def _natural(heads: Counter[GNA], wanted: bool | None) -> dict[GNA, Simulation] | None:
+    """Natural order in blocks of 128 tokens, if wanted or quick."""
     relations = {gna: relation_of(gna) for gna in heads}
     if wanted is None:
         wanted = sum(listed_blocks(relation) for relation in relations.values()) <= NATURAL_LIMIT
-    if not wanted:
-        return None
-    counts = {gna: natural_counts(relation) for gna, relation in relations.items()}
+    return {gna: simulate(gna, NATURAL_BLOCK, tiling="flat") for gna in heads} if wanted else None
+
+
+def _natural_report(heads: Counter[GNA], flat: dict[GNA, Simulation]) -> BlockReport:
+    counts = {gna: TileCounts(s.whole, s.visited - s.whole, s.query_tiles * s.dense) for gna, s in flat.items()}
     return _block_report(heads, counts, None, None, NATURAL_BLOCK, NATURAL_BLOCK)
 
 

@@ -79,8 +79,7 @@ print(report(gna))
 hunyuan = GNA((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))
 result = report(hunyuan)
 print(result)
-assert result.tiles is not None
-assert result.tiles.perfect
+assert result.perfect
 
 # %% [markdown]
 # Next: try your own numbers with `gna-flex report 30x48x80 --window 18 24 24`, see `gna-flex demo` run on a photograph,

@@ -19,6 +19,7 @@ KINDS: tuple[tuple[str, ...], ...] = (
     ("kv_tile",),
     ("q_tile",),
     ("layout",),
+    ("stride", "kv_tile"),
     ("window", "stride"),
     ("q_tile", "kv_tile"),
 )
