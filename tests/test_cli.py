@@ -6,7 +6,8 @@ import pytest
 
 import gna_flex
 from gna_flex import cli
-from gna_flex.cli import main, sizes
+from gna_flex.cli import main
+from gna_flex.cli.arguments import sizes
 
 
 def ok(capsys, *argv):
@@ -102,7 +103,7 @@ def test_interrupt(capsys, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "info", interrupted)
+    monkeypatch.setattr(cli.info, "info", interrupted)
     assert main(["info"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

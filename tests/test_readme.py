@@ -73,7 +73,7 @@ def test_ci_runs_the_two_commands():
 
 def test_environment_variables_are_listed():
     used = {name for path in SOURCES for name in re.findall(r"\bGNA_FLEX_[A-Z_]+\b", path.read_text())}
-    assert used == set(cli.ENVIRONMENT)
+    assert used == set(cli.info.ENVIRONMENT)
     for name in used:
         assert f"| `{name}` |" in README
 

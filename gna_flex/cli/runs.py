@@ -1,0 +1,127 @@
+"""``gna-flex demo`` and ``bench``: attention that runs, and how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gna_flex.cli.arguments import (
+    DIMENSIONS,
+    DTYPES,
+    add_gna_arguments,
+    add_verb,
+    check_device,
+    gna_of,
+    one_or_all,
+    output,
+    positive,
+    print_json,
+    print_presets,
+    sizes_of,
+    working,
+)
+from gna_flex.presets import preset
+
+if TYPE_CHECKING:
+    from gna_flex.cli.arguments import Subparsers
+
+
+def add_demo(verbs: Subparsers) -> None:
+    """``demo``: attention on a photograph."""
+    verb = add_verb(verbs, "demo", run_demo, "attention between the patches of a photograph, checked and drawn")
+    verb.add_argument("--image", metavar="FILE", help="your own picture (default: an astronaut)")
+    verb.add_argument("--window", nargs="+", default=["15"], metavar="N", help="keys per dimension (default: 15)")
+    verb.add_argument("--stride", nargs="+", default=["1"], metavar="N", help="queries that share a window")
+    verb.add_argument("--dilation", nargs="+", default=["1"], metavar="N", help="step between keys")
+    verb.add_argument("--query", nargs=2, type=int, metavar="N", help="row and column of the patch that is shown")
+    verb.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    verb.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in")
+    verb.add_argument("--png", metavar="FILE", help="also write photograph, attention and output to a picture")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Runs the demo; a result outside of its error budget is exit code 1."""
+    from gna_flex import demo
+
+    shape = {name: one_or_all(sizes_of(args, name)) for name in DIMENSIONS}
+    if args.device:
+        check_device(args.device)
+    with working("attention on a photograph"):
+        image = demo.load_image(args.image) if args.image else None
+        query = tuple(args.query) if args.query else None
+        result = demo.run_demo(image, **shape, query=query, device=args.device, dtype=getattr(torch, args.dtype))
+        if args.png:
+            result.save_png(args.png)
+    if args.json:
+        print_json(result.to_json() | {"png": args.png})
+    else:
+        console = output()
+        console.print(result)
+        if args.png:
+            console.print(f"wrote {args.png}")
+    return 0 if result.passed else 1
+
+
+def add_bench(verbs: Subparsers) -> None:
+    """``bench``: measurements."""
+    verb = add_verb(verbs, "bench", run_bench, "time to build a mask, or of attention, against torch's own")
+    verb.add_argument("what", choices=("mask", "attention"), help="build the block mask, or compute attention under it")
+    add_gna_arguments(verb)
+    verb.add_argument("--device", help="default: cpu for mask, the accelerator for attention")
+    verb.add_argument("--repeats", type=positive, metavar="N", help="measurements, of which the median counts")
+    verb.add_argument("--order", choices=("row-major", "tiles"), default="row-major", help="mask: order of the tokens")
+    verb.add_argument("--batch", type=positive, default=1, metavar="N", help="attention: batch size (default: 1)")
+    verb.add_argument("--heads", type=positive, metavar="N", help="attention: heads (default: the preset's, or 24)")
+    verb.add_argument("--head-dim", type=positive, metavar="N", help="attention: default: the preset's, or 128")
+    verb.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="attention: type (default: bfloat16)")
+    verb.add_argument("--backward", action="store_true", help="attention: time the backward pass instead")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measures; results that disagree are exit code 1."""
+    from gna_flex import bench
+
+    if args.list_presets:
+        print_presets(args.json)
+        return 0
+    gna = gna_of(args)
+    device = args.device or _bench_device(args.what)
+    check_device(device)
+    options: dict[str, Any] = {"device": device} | ({"repeats": args.repeats} if args.repeats else {})
+    if args.what == "mask":
+        options |= {"order": args.order}
+    else:
+        known = preset(args.preset) if args.preset else None
+        options |= {
+            "batch": args.batch,
+            "heads": args.heads or (known.heads if known else 24),
+            "head_dim": args.head_dim or (known.head_dim if known else 128),
+            "dtype": getattr(torch, args.dtype),
+            "backward": args.backward,
+        }
+    measure = bench.bench_mask if args.what == "mask" else bench.bench_attention
+    try:
+        with working(f"measuring {args.what}, {gna.tokens:,} tokens"):
+            timings = measure(gna, **options)
+    except AssertionError as error:
+        print(f"gna-flex bench: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        settings = options | ({"dtype": args.dtype} if "dtype" in options else {})
+        print_json(bench.to_json(args.what, gna, settings, timings))
+    else:
+        output().print(bench.table(args.what, gna, options, timings))
+    return 0
+
+
+def _bench_device(what: str) -> str:
+    """Where to measure if nothing is said."""
+    if what == "mask":
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        raise ValueError("attention is measured on a GPU, and there is none; --device cpu works for small layouts")
+    return accelerator.type
