@@ -77,8 +77,8 @@ def block_lists(relation: Relation, width: int | None = None) -> BlockLists:
     for begin in range(0, relation.rows, ROWS_AT_ONCE):
         rows = np.arange(begin, min(begin + ROWS_AT_ONCE, relation.rows))
         visited, contained = relation.runs(rows)
-        seen = _expand(*_touched(visited, relation.block), dtype)
-        kept = _expand(*_contained(contained, relation.block), dtype)
+        seen = _expand(*touched_blocks(visited, relation.block), dtype)
+        kept = _expand(*contained_blocks(contained, relation.block), dtype)
         if len(kept):
             is_partial = np.ones(len(seen), dtype=bool)
             is_partial[np.searchsorted(seen, kept)] = False
@@ -348,7 +348,7 @@ def _box_runs(boxes: Boxes, origin: Array, grid: tuple[int, ...], max_gap: int) 
     return _join(*parts)
 
 
-def _touched(runs: Runs, block: int) -> Runs:
+def touched_blocks(runs: Runs, block: int) -> Runs:
     """Blocks that hold any place of the runs, as disjoint ascending runs of blocks."""
     runs = _sorted(runs)
     start, stop = runs.start // block, ceil_div(runs.stop, block)
@@ -357,7 +357,7 @@ def _touched(runs: Runs, block: int) -> Runs:
     return Runs(start, stop)
 
 
-def _contained(runs: Runs, block: int) -> Runs:
+def contained_blocks(runs: Runs, block: int) -> Runs:
     """Blocks all of whose places are in the runs, as disjoint ascending runs of blocks."""
     runs = _sorted(runs)
     reached = np.maximum.accumulate(runs.stop)

@@ -187,7 +187,8 @@ def _head(
 
 def _witness(answer: Proof | Refutation) -> list[int] | None:
     """A query that does not see a key of a tile that it visits, if there is one."""
-    return list(answer.witness.dropped[0]) if isinstance(answer, Refutation) else None
+    witness = answer.witness if isinstance(answer, Refutation) else None
+    return list(witness.dropped[0]) if witness else None
 
 
 def _numbers(simulation: dict[str, Any]) -> dict[str, Any]:

@@ -247,14 +247,14 @@ def tile_counts(gna: GNA, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]) -> 
         axis = tile_intervals(*dim, tq, tk, key_interval)
         visited *= int(np.sum(axis.hi - axis.lo))
         full *= int(np.sum(axis.full_hi - axis.full_lo))
-    q_grid, kv_grid = _grid_tiles(q), _grid_tiles(kv)
-    q_text, kv_text = _text_blocks(q), _text_blocks(kv)
+    q_grid, kv_grid = grid_tiles(q), grid_tiles(kv)
+    q_text, kv_text = text_block_counts(q), text_block_counts(kv)
     visited += q_text[0] * (kv_grid[0] + kv_text[0]) + q_grid[0] * kv_text[0]
     full += q_text[1] * (kv_grid[1] + kv_text[1]) + q_grid[1] * kv_text[1]
     return TileCounts(full=full, partial=visited - full, total=q.blocks * kv.blocks)
 
 
-def _grid_tiles(order: TileOrder) -> tuple[int, int]:
+def grid_tiles(order: TileOrder) -> tuple[int, int]:
     """Tiles of the grid that hold any token, and those without padding."""
     any_token = whole = 1
     for length, dilation, tile in zip(order.gna.layout, order.gna.dilation, order.tile, strict=True):
@@ -264,7 +264,7 @@ def _grid_tiles(order: TileOrder) -> tuple[int, int]:
     return any_token, whole
 
 
-def _text_blocks(order: TileOrder) -> tuple[int, int]:
+def text_block_counts(order: TileOrder) -> tuple[int, int]:
     """Text blocks, and those without padding."""
     gna = order.gna
     return sum(order.text_blocks), gna.text_first // order.block + gna.text_last // order.block

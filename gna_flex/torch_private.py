@@ -5,13 +5,23 @@ Checked with torch 2.11, 2.13 and 2.15.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch._higher_order_ops.flex_attention import flex_attention as _hop
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as _flex_module
 
-__all__ = ["BLOCK_TABLES", "HOP_ARGUMENTS", "FakeTensor", "flex_attention_hop", "is_identity", "sliced_mask_mod"]
+__all__ = [
+    "BLOCK_TABLES",
+    "HOP_ARGUMENTS",
+    "FakeTensor",
+    "flex_attention_hop",
+    "is_identity",
+    "sliced_mask_mod",
+    "trace_graph",
+]
 
 BLOCK_TABLES = (
     "kv_num_blocks",
@@ -30,6 +40,9 @@ flex_attention_hop: Any = _hop
 
 HOP_ARGUMENTS = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")
 """Leading arguments of ``flex_attention_hop``. It returns output, log-sum-exp and maximum, both in base 2."""
+
+trace_graph = functools.partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+"""The ATen operators of a function as a graph, without running it; real tensors that it captures stay as they are."""
 
 _identity = _flex_module._identity
 sliced_mask_mod = getattr(_flex_module, "_sliced_mask_mod_error", None)

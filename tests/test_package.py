@@ -12,7 +12,7 @@ import pytest
 import gna_flex
 
 ROOT = Path(gna_flex.__file__).parent
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py"))
 
 # From the description of a mask up to the front door; everything else (reports, pictures, commands) is above it.
 ROOMS = [
@@ -72,9 +72,13 @@ def test_the_names_of_the_tutorials_are_public(name):
     assert name in gna_flex.__all__
 
 
+def path_of(module: str) -> Path:
+    return ROOT.joinpath(*module.split(".")).with_suffix(".py")
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_are_documented_and_short(module):
-    source = (ROOT / f"{module}.py").read_text()
+    source = path_of(module).read_text()
     assert ast.get_docstring(ast.parse(source)), f"{module} has no docstring"
     assert len(source.splitlines()) < 500, f"{module} is too long"
 
@@ -100,18 +104,17 @@ def imports(module: str) -> set[str]:
             return
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             return
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gna_flex":
-            names = node.module.split(".")[1:] or [alias.name for alias in node.names]
-            found.update(name for name in names[:1] if name in MODULES) if "." in node.module else found.update(
-                name for name in names if name in MODULES
-            )
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gna_flex":
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names = [name.partition(".")[2] for name in names if name]
+            found.update(known for name in names for known in (name, f"{name}.__init__") if known in MODULES)
         if isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("gna_flex."))
+            found.update(alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("gna_flex."))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse((ROOT / f"{module}.py").read_text()))
-    return found
+    visit(ast.parse(path_of(module).read_text()))
+    return found - {"__init__"}
 
 
 @pytest.mark.parametrize("module", [name for name in ROOMS if name in MODULES])
@@ -121,7 +124,7 @@ def test_rooms_import_downward(module):
 
 
 def test_there_are_no_circles():
-    graph = {module: imports(module) - {module} for module in MODULES}
+    graph = {module: imports(module) - {module} for module in MODULES if module != "__init__"}
     while graph:
         free = [module for module, needed in graph.items() if not needed & set(graph)]
         assert free, f"modules import each other: {sorted(graph)}"
@@ -133,7 +136,7 @@ def test_there_are_no_circles():
 def test_optional_packages_are_imported_where_they_are_used(module):
     if module not in MODULES:
         pytest.skip(f"there is no {module}")
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    tree = ast.parse(path_of(module).read_text())
     names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert not [name for name in names if name.startswith(OPTIONAL)]

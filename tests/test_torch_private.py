@@ -19,6 +19,7 @@ from gna_flex.torch_private import (
     flex_attention_hop,
     is_identity,
     sliced_mask_mod,
+    trace_graph,
 )
 
 
@@ -160,6 +161,16 @@ def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         assert isinstance(torch.empty(2), FakeTensor)
     assert not isinstance(torch.empty(2), FakeTensor)
+
+
+def test_trace_graph_traces_without_running():
+    """Constants that a function captures stay real tensors; the arguments are never read."""
+    table = torch.arange(10)
+    graph = trace_graph(lambda x: table + x >= 3)(torch.tensor(2))
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.aten.add.Tensor, torch.ops.aten.ge.Scalar]
+    captured = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    assert torch.equal(getattr(graph, captured[0].target), table)
 
 
 def test_operator_of_the_package_is_opaque_to_export():

@@ -56,7 +56,7 @@ def run_prove(args: argparse.Namespace) -> int:
     if args.json:
         print_json(answer.to_json())
     else:
-        output().print(answer.latex() if args.latex else str(answer), soft_wrap=args.latex, markup=False)
+        output().print(answer.latex() if args.latex else answer, soft_wrap=args.latex, markup=False)
     return 0 if answer else 1
 
 

@@ -30,18 +30,12 @@ class Explored:
     all_values: bool
 
 
-def symbols_of(dimensions: Sequence[Dimension]) -> tuple[sympy.Symbol, ...]:
-    """The symbols of all dimensions, by name."""
-    found = {symbol for d in dimensions for value in _values(d) for symbol in sympy.sympify(value).free_symbols}
-    return tuple(sorted(found, key=str))
-
-
 def explore(dimensions: Sequence[Dimension], symbols: tuple[sympy.Symbol, ...], tiling: Tiling) -> Explored:
     """Checks all legal values of the symbols if they are few, else a random sample, small ones first."""
     candidates = _all_values(dimensions, symbols)
     all_values = candidates is not None
     if candidates is None:
-        candidates = _sample(symbols)
+        candidates = _sample(symbols, _largest_number(dimensions))
     legal, good = np.ones(candidates.shape[1], bool), np.ones(candidates.shape[1], bool)
     for dimension in dimensions:
         length, window, stride, dilation, tq, tk = _evaluate(dimension, symbols, candidates)
@@ -109,19 +103,25 @@ def _is_increasing(expression: sympy.Expr) -> bool:
     return bool(linear and slope.is_Integer and slope >= 1 and rest.is_Integer and rest >= 0)
 
 
-def _sample(symbols: tuple[sympy.Symbol, ...]) -> np.ndarray:
-    """Random values, ``[symbols, samples]``, small ones and multiples of 8 more often, sorted by their sum."""
+def _largest_number(dimensions: Sequence[Dimension]) -> int:
+    """The largest number in the question: symbols near it and above matter."""
+    numbers = {n for d in dimensions for value in _values(d) for n in sympy.sympify(value).atoms(sympy.Integer)}
+    return max((abs(int(n)) for n in numbers), default=0)
+
+
+def _sample(symbols: tuple[sympy.Symbol, ...], top: int) -> np.ndarray:
+    """Random values, ``[symbols, samples]``, small ones and those around ``top`` more often, sorted by their sum."""
     random = np.random.default_rng(0)
+    ranges = [range(17), range(65), range(0, LARGEST, 8), range(LARGEST + 1)]
+    if top > LARGEST:
+        ranges += [range(top, top + 65), range(0, 4 * top, top // 64)]
     columns = []
     for symbol in symbols:
-        pools = [
-            _allowed(symbol, values) for values in (range(17), range(65), range(0, LARGEST, 8), range(LARGEST + 1))
-        ]
-        drawn = [random.choice(pool, SAMPLES // len(pools)) for pool in pools if len(pool)]
-        if not drawn:
-            raise ValueError(f"symbol {symbol}: no value up to {LARGEST} agrees with its assumptions")
-        column = np.concatenate(drawn)
-        columns.append(random.permutation(np.resize(column, SAMPLES)))
+        pools = [pool for pool in (_allowed(symbol, values) for values in ranges) if len(pool)]
+        if not pools:
+            return np.zeros((len(symbols), 0), np.int64)
+        drawn = np.concatenate([random.choice(pool, SAMPLES // len(pools)) for pool in pools])
+        columns.append(random.permutation(np.resize(drawn, SAMPLES)))
     candidates = np.stack(columns)
     return candidates[:, np.argsort(candidates.sum(0), kind="stable")]
 

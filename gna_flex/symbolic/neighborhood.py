@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from gna_flex.neighborhood import GNA
+from gna_flex.neighborhood import GNA, as_int
 
 Number = Any
 """An int, or a SymPy expression of integer value."""
@@ -113,7 +113,9 @@ def substitute(value: Number, values: dict[sympy.Symbol, int]) -> int:
 
 
 def _number(name: str, value: Number) -> Number:
-    expression = sympy.sympify(value)
+    if not isinstance(value, sympy.Expr):
+        return as_int(name, value)
+    expression = value
     if expression.is_Integer:
         return int(expression)
     if not expression.is_integer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from sympy.logic.boolalg import Boolean
 from gna_flex.neighborhood import GNA
 from gna_flex.symbolic.conditions import Verdict, conjunction, disjunction
 from gna_flex.symbolic.lemmas import LEMMAS, Condition, Lemma, Tiling
-from gna_flex.symbolic.neighborhood import Number, SymbolicGNA
+from gna_flex.symbolic.neighborhood import Number, SymbolicGNA, substitute
 from gna_flex.words import by_x
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from gna_flex.symbolic.remedies import Remedy
     from gna_flex.symbolic.witness import Witness
 
@@ -46,6 +49,11 @@ class Branch:
     steps: tuple[Step, ...]
 
     @property
+    def guard(self) -> Verdict:
+        """Whether the case applies."""
+        return conjunction(step.verdict for step in self.guards)
+
+    @property
     def verdict(self) -> Verdict:
         """Whether the case is met, its guards left out."""
         return conjunction(step.verdict for step in self.steps)
@@ -64,21 +72,16 @@ class Group:
         """Whether groups of this length are perfectly block-sparse."""
         if len(self.branches) == 1:
             return self.branches[0].verdict
-        shared = functools.reduce(lambda a, b: a & b, ({*b.steps} for b in self.branches if b.steps))
-        return conjunction(
-            [
-                disjunction(
-                    conjunction([*(g.verdict for g in b.guards), *(s.verdict for s in b.steps if s not in shared)])
-                    for b in self.branches
-                ),
-                disjunction([self._dense, conjunction(step.verdict for step in shared)]),
-            ]
-        )
-
-    @property
-    def _dense(self) -> Verdict:
-        """Whether a case applies that asks for nothing."""
-        return disjunction(conjunction(g.verdict for g in b.guards) for b in self.branches if not b.steps)
+        asking = [branch for branch in self.branches if branch.steps]
+        shared = functools.reduce(operator.and_, ({*branch.steps} for branch in asking))
+        rests = [(b.guard, conjunction(s.verdict for s in b.steps if s not in shared)) for b in asking]
+        nothing_asked = disjunction(branch.guard for branch in self.branches if not branch.steps)
+        if any(rest is True for _, rest in rests):
+            # Exactly one case applies, so "one applies and is met" is "all that apply are met": shorter here.
+            met = conjunction(disjunction([sympy.Not(guard), rest]) for guard, rest in rests)
+        else:
+            met = disjunction([nothing_asked, *(conjunction(pair) for pair in rests)])
+        return conjunction([met, disjunction([nothing_asked, conjunction(step.verdict for step in shared)])])
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,15 @@ class Argument:
                     lines += [f"    {step}" for step in branch.steps]
         return lines
 
+    def __rich__(self) -> RenderableType:
+        from rich.text import Text
+
+        first, *rest = str(self).split("\n")
+        lines = [Text(first, "bold")]
+        for line in rest:
+            lines.append(Text(line, "dim" if line.startswith("[") else "yellow" if " not " in line[:80] else ""))
+        return Text("\n").join(lines)
+
     def _cited(self) -> list[str]:
         return [f"[{lemma.name}] {lemma.statement}" for lemma in self.lemmas]
 
@@ -208,13 +220,15 @@ class Proof(Argument):
     @property
     def ragged(self) -> tuple[int, ...]:
         """Dimensions whose last key tile sticks out of the grid: kernels must ignore the places beyond its end."""
-        known = [
-            (d.axis, g.length % d.kv_tile)
-            for d in self.dimensions
-            for g in d.groups
-            if isinstance(g.length, int) and isinstance(d.kv_tile, int)
-        ]
-        return tuple(dict.fromkeys(axis for axis, rest in known if rest))
+        found = []
+        for dimension, group in ((d, g) for d in self.dimensions for g in d.groups):
+            numbers = (group.length, dimension.window, dimension.kv_tile)
+            if all(isinstance(number, int) for number in numbers):
+                length, window, tile = numbers
+                # Anchored key tiles end where a window ends: at the end of the grid only if they start at 0.
+                fixed = self.tiling == "static" or window == length
+                found += [dimension.axis] if fixed and length % tile else []
+        return tuple(dict.fromkeys(found))
 
     def __bool__(self) -> bool:
         if self.conditions:
@@ -273,10 +287,11 @@ class Refutation(Argument):
     """Not perfectly block-sparse, with the first tile that needs a mask and the nearest remedies. Falsy.
 
     Attributes:
-        substitution: values of the symbols that the witness is for, if there are symbols; no legal value is better.
+        substitution: values of the symbols that the witness is for; no legal values are better. Empty without symbols,
+            ``None`` where no legal values were found.
     """
 
-    substitution: dict[sympy.Symbol, int] = field(default_factory=dict, hash=False)
+    substitution: dict[sympy.Symbol, int] | None = field(default_factory=dict, hash=False)
 
     @property
     def perfect(self) -> bool:
@@ -287,34 +302,40 @@ class Refutation(Argument):
         return False
 
     @functools.cached_property
-    def numeric(self) -> tuple[GNA, tuple[int, ...], tuple[int, ...]]:
+    def _numeric(self) -> tuple[GNA, tuple[int, ...], tuple[int, ...]] | None:
         """Neighborhood and tiles with numbers in place of the symbols."""
-        from gna_flex.symbolic.neighborhood import substitute
-
+        if self.substitution is None:
+            return None
         gna = self.gna if isinstance(self.gna, GNA) else self.gna.subs(self.substitution)
-        q, kv = (tuple(substitute(t, self.substitution) for t in tile) for tile in (self.q_tile, self.kv_tile))
-        return gna, q, kv
+        q_tile, kv_tile = (
+            tuple(substitute(t, self.substitution) for t in tile) for tile in (self.q_tile, self.kv_tile)
+        )
+        return gna, q_tile, kv_tile
 
     @functools.cached_property
-    def witness(self) -> Witness:
-        """The first query tile with a key tile that needs a mask, and a kept and a dropped pair in it."""
+    def witness(self) -> Witness | None:
+        """The first query tile with a key tile that needs a mask, and a kept and a dropped pair in it.
+
+        ``None`` only where no legal values of the symbols were found.
+        """
         from gna_flex.symbolic.witness import first_witness
 
-        return first_witness(*self.numeric, self.tiling)
+        return first_witness(*self._numeric, self.tiling) if self._numeric else None
 
     @functools.cached_property
     def remedies(self) -> tuple[Remedy, ...]:
         """The nearest changes of one argument (or of two, if one does not do) that make it perfect, each proved."""
         from gna_flex.symbolic.remedies import nearest_remedies
 
-        return nearest_remedies(*self.numeric, self.tiling)
+        return nearest_remedies(*self._numeric, self.tiling) if self._numeric else ()
 
     def __str__(self) -> str:
         lines = [f"Refuted: {self.question} is not perfectly block-sparse.", *self.derivation()]
         if self.substitution:
             lines.append(f"It fails for all values of the symbols, for instance {_assignment(self.substitution)}.")
-        lines += [str(self.witness), "Nearest changes that make it perfect, each proved:"]
-        lines += [f"  {remedy}" for remedy in self.remedies]
+        if self.witness:
+            lines += [str(self.witness), "Nearest changes that make it perfect, each proved:"]
+            lines += [f"  {remedy}" for remedy in self.remedies]
         return "\n".join([*lines, "", *self._cited()])
 
     def latex(self) -> str:
@@ -328,7 +349,7 @@ class Refutation(Argument):
             | self._shared_json()
             | {
                 "substitution": _assignment_json(self.substitution),
-                "witness": self.witness.to_json(),
+                "witness": self.witness and self.witness.to_json(),
                 "remedies": [remedy.to_json() for remedy in self.remedies],
             }
         )

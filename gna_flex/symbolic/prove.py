@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import sympy
 
 from gna_flex.neighborhood import GNA
-from gna_flex.symbolic import domain
 from gna_flex.symbolic.conditions import Verdict, conjunction, decide
+from gna_flex.symbolic.domain import explore
 from gna_flex.symbolic.lemmas import TILINGS, Case, Condition, Tiling, cases, group_lengths, moves
 from gna_flex.symbolic.neighborhood import Number, Numbers, SymbolicGNA, numbers
 from gna_flex.symbolic.proof import Argument, Branch, Dimension, Group, Proof, Refutation, Step
@@ -53,7 +53,7 @@ def prove(
     )
     question = Argument(gna, q_tiles, kv_tiles, tiling, dimensions)
     verdict = conjunction(dimension.verdict for dimension in dimensions)
-    symbols = domain.symbols_of(dimensions)
+    symbols = symbols_of(dimensions)
     if not symbols:
         return Proof(*question.parts) if verdict is True else Refutation(*question.parts)
     return _with_symbols(question, verdict, symbols)
@@ -61,14 +61,14 @@ def prove(
 
 def _with_symbols(question: Argument, verdict: Verdict, symbols: tuple[sympy.Symbol, ...]) -> Proof | Refutation:
     """The answer where symbols remain: exact over few legal values, else what the derivation left."""
-    found = domain.explore(question.dimensions, symbols, question.tiling)
-    if not found.legal and (found.all_values or verdict is False):
+    found = explore(question.dimensions, symbols, question.tiling)
+    if not found.legal and found.all_values:
         rule = "1 <= stride <= window and window * dilation <= layout, tiles at least 1"
-        raise ValueError(f"{question.gna}: no legal values of {', '.join(map(str, symbols))} were found; {rule}")
+        raise ValueError(f"{question.gna}: no value of {', '.join(map(str, symbols))} is legal; {rule}")
     if verdict is True or (found.all_values and not found.fails):
         return Proof(*question.parts, checked=0 if verdict is True else found.legal)
     if verdict is False or (found.all_values and not found.holds):
-        return Refutation(*question.parts, substitution=found.fails[0])
+        return Refutation(*question.parts, substitution=found.fails[0] if found.fails else None)
     return Proof(
         *question.parts,
         conditions=tuple(sorted(sympy.And.make_args(verdict), key=str)),
@@ -79,10 +79,21 @@ def _with_symbols(question: Argument, verdict: Verdict, symbols: tuple[sympy.Sym
     )
 
 
+def symbols_of(dimensions: Sequence[Dimension]) -> tuple[sympy.Symbol, ...]:
+    """The symbols of all dimensions, by name."""
+    values = [x for d in dimensions for x in (d.length, d.window, d.stride, d.dilation, d.q_tile, d.kv_tile)]
+    symbols = sorted({symbol for x in values if not isinstance(x, int) for symbol in x.free_symbols}, key=str)
+    names = [symbol.name for symbol in symbols]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two different symbols are called {twice}: declare it once, and use that one everywhere")
+    return tuple(symbols)
+
+
 def tile_numbers(name: str, tile: Numbers, gna: GNA | SymbolicGNA) -> tuple[Number, ...]:
     """A checked tile side per dimension."""
     sides = numbers(name, tile, gna.ndim)
-    if any(isinstance(side, int) and side < 1 for side in sides):
+    if any((side >= 1) in (False, sympy.false) for side in sides):
         raise ValueError(f"{name}={tile!r} for layout {gna.layout}: every side must be at least 1")
     return sides
 

@@ -96,8 +96,6 @@ def first_witness(gna: GNA, q_tile: tuple[int, ...], kv_tile: tuple[int, ...], t
             _Group(group_length(n, d, g), w, s, causal, tq, tk, tiling)
             for (n, w, s, d, causal), g, tq, tk in zip(dims, group, q_tile, kv_tile, strict=True)
         ]
-        if min(part.length for part in parts) < 1:
-            continue
         # The first tile in row-major order differs from tile 0 in one dimension at most: another one may be 0 as well.
         firsts = [_first_partial(part) for part in parts]
         places = [
