@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +65,40 @@ def _evaluate(dimension: Dimension, symbols: tuple[sympy.Symbol, ...], candidate
     """The numbers of a dimension for each candidate, arrays of one size."""
     results = []
     for value in _values(dimension):
-        function = sympy.lambdify(symbols, sympy.sympify(value), "numpy")
-        results.append(np.broadcast_to(np.asarray(function(*candidates)), candidates.shape[1:]).astype(np.int64))
+        result = _integer(sympy.sympify(value), dict(zip(symbols, candidates, strict=True)))
+        results.append(np.broadcast_to(np.asarray(result, np.int64), candidates.shape[1:]))
     return results
+
+
+def _integer(expression: sympy.Expr, values: dict[sympy.Symbol, np.ndarray]) -> Any:
+    """An expression evaluated in integers: quotients round down, which is exact where they are integers."""
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        return values[expression]
+    if isinstance(expression, sympy.ceiling):
+        return -_integer(-expression.args[0], values)
+    if isinstance(expression, sympy.floor):
+        return _integer(expression.args[0], values)
+    numerator, denominator = sympy.fraction(sympy.together(expression))
+    if denominator != 1:
+        return _integer(numerator, values) // _integer(denominator, values)
+    if isinstance(expression, sympy.Pow) and not expression.exp.is_Integer:
+        raise ValueError(f"{expression}: powers with symbols in the exponent are not supported")
+    function = _FUNCTIONS.get(expression.func)
+    if function is None:
+        raise ValueError(f"{expression}: {expression.func.__name__} is not supported; use + - * // % Min Max")
+    return functools.reduce(function, (_integer(argument, values) for argument in expression.args))
+
+
+_FUNCTIONS = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    sympy.Pow: operator.pow,
+    sympy.Mod: operator.mod,
+    sympy.Min: np.minimum,
+    sympy.Max: np.maximum,
+}
 
 
 def _all_values(dimensions: Sequence[Dimension], symbols: tuple[sympy.Symbol, ...]) -> np.ndarray | None:
@@ -79,14 +112,12 @@ def _all_values(dimensions: Sequence[Dimension], symbols: tuple[sympy.Symbol, ..
     expressions = [sympy.sympify(value) for d in dimensions for value in _values(d)[1:]]
     if not all(_is_increasing(e) for e in expressions):
         return None
-    # One more stands for all longer tiles; some more, as a symbol may be even, say.
-    largest = max(d.length for d in dimensions) + 8
+    # One more stands for all longer tiles.
+    largest = max(d.length for d in dimensions) + 1
     if float(largest) ** len(symbols) > 100 * MOST_VALUES:
         return None
     allowed = [_allowed(symbol, range(largest + 1)) for symbol in symbols]
     if np.prod([float(len(values)) for values in allowed]) > MOST_VALUES:
-        return None
-    if any(len(values) == 0 or values[-1] < largest - 8 for values in allowed):
         return None
     return np.array(list(itertools.product(*allowed)), dtype=np.int64).T.reshape(len(symbols), -1)
 
@@ -128,12 +159,7 @@ def _sample(symbols: tuple[sympy.Symbol, ...], top: int) -> np.ndarray:
 
 def _allowed(symbol: sympy.Symbol, values: Sequence[int]) -> np.ndarray:
     """The values that agree with what was declared of a symbol."""
-    declared = {f"is_{name}": value for name, value in symbol._assumptions_orig.items()}
-    numbers = ((value, sympy.Integer(value)) for value in values)
-    return np.array(
-        [value for value, n in numbers if all(getattr(n, name) == wanted for name, wanted in declared.items())],
-        np.int64,
-    )
+    return np.array([value for value in values if value > 0 or not symbol.is_positive], np.int64)
 
 
 def _assignments(

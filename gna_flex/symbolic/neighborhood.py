@@ -123,6 +123,11 @@ def _number(name: str, value: Number) -> Number:
     for symbol in expression.free_symbols:
         if not symbol.is_nonnegative:
             raise ValueError(f"{name}={value}: declare the symbol {symbol} positive=True (or nonnegative=True)")
+        # SymPy 1.14 takes n / 3 for no integer and n / 6 for one if n is declared even.
+        if symbol.is_even is not None or symbol.is_prime is not None or symbol.is_composite is not None:
+            raise ValueError(
+                f"{name}={value}: declare the symbol {symbol} integer only, and write 2*{symbol} if it is even"
+            )
     return expression
 
 
