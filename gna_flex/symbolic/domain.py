@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ def _integer(expression: sympy.Expr, values: dict[sympy.Symbol, np.ndarray]) -> 
     return functools.reduce(function, (_integer(argument, values) for argument in expression.args))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, Callable[[Any, Any], Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
     sympy.Pow: operator.pow,
