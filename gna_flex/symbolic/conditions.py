@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from gna_flex.symbolic.evaluate import integers
 from gna_flex.symbolic.lemmas import Condition, Value
 
 Verdict: TypeAlias = "bool | Boolean"
@@ -17,8 +20,10 @@ Verdict: TypeAlias = "bool | Boolean"
 MOST_FACTS = 3
 """Most facts that are added up to show a comparison; the same one may be used again."""
 
+POINTS = 256
 
-def decide(condition: Condition, facts: Sequence[sympy.Expr] = ()) -> Verdict:
+
+def decide(condition: Condition, facts: tuple[sympy.Expr, ...] = ()) -> Verdict:
     """The verdict on one condition; an undecided one comes back simplified, equal for all legal values.
 
     Args:
@@ -51,7 +56,7 @@ def tidy(value: Value) -> sympy.Expr:
     return sympy.expand(expression.replace(_is_floor_of_odd_half, lambda half: half.args[0] - sympy.Rational(1, 2)))
 
 
-def divides(divisor: sympy.Expr, value: sympy.Expr, facts: Sequence[sympy.Expr] = ()) -> Verdict:
+def divides(divisor: sympy.Expr, value: sympy.Expr, facts: tuple[sympy.Expr, ...] = ()) -> Verdict:
     """Whether the positive ``divisor`` divides ``value``; multiples of it are dropped from what remains."""
     terms = [t for t in sympy.Add.make_args(value) if not sympy.expand(t / divisor).is_integer]
     divisor, rest = _reduced(divisor, terms)
@@ -76,7 +81,7 @@ def _reduced(divisor: sympy.Expr, terms: Sequence[sympy.Expr]) -> tuple[sympy.Ex
     return divisor / factor, sympy.Add(*(n / factor * term for n, (_, term) in zip(residues, parts, strict=True)))
 
 
-def at_most(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) -> Verdict:
+def at_most(left: sympy.Expr, right: sympy.Expr, facts: tuple[sympy.Expr, ...]) -> Verdict:
     """Whether ``left <= right``, both integers."""
     if not_negative(right - left, facts):
         return True
@@ -85,12 +90,15 @@ def at_most(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) ->
     return _plain(sympy.Le(left, right))
 
 
-def not_negative(value: sympy.Expr, facts: Sequence[sympy.Expr]) -> bool:
+@functools.lru_cache(maxsize=4096)
+def not_negative(value: sympy.Expr, facts: tuple[sympy.Expr, ...]) -> bool:
     """Whether ``value >= 0`` follows from the signs of its symbols and from a sum of up to three facts."""
     value = sympy.expand(value)
     if value.is_nonnegative:
         return True
     if value.is_number or value.is_negative:
+        return False
+    if _negative_somewhere(value, facts):
         return False
     related = [fact for fact in facts if fact.free_symbols & value.free_symbols]
     return any(
@@ -98,6 +106,24 @@ def not_negative(value: sympy.Expr, facts: Sequence[sympy.Expr]) -> bool:
         for many in range(1, MOST_FACTS + 1)
         for chosen in itertools.combinations_with_replacement(related, many)
     )
+
+
+def _negative_somewhere(value: sympy.Expr, facts: tuple[sympy.Expr, ...]) -> bool:
+    """Whether some values of the symbols that agree with the facts make it negative: then there is nothing to show."""
+    symbols = tuple(sorted(set().union(value.free_symbols, *(fact.free_symbols for fact in facts)), key=str))
+    points = dict(zip(symbols, _points(len(symbols)), strict=True))
+    # Some of the points are illegal, and may divide by zero; facts sort them out.
+    with np.errstate(divide="ignore"):
+        agree = np.ones(POINTS, bool)
+        for fact in facts:
+            agree &= np.asarray(integers(fact, points)) >= 0
+        return bool(np.any(agree & (np.asarray(integers(value, points)) < 0)))
+
+
+@functools.lru_cache(maxsize=16)
+def _points(symbols: int) -> np.ndarray:
+    """Positive numbers to try, small and large, ``[symbols, POINTS]``."""
+    return np.exp(np.random.default_rng(0).uniform(0, 8, (symbols, POINTS))).astype(np.int64)
 
 
 def conjunction(verdicts: Iterable[Verdict]) -> Verdict:
@@ -110,7 +136,7 @@ def disjunction(verdicts: Iterable[Verdict]) -> Verdict:
     return _plain(sympy.Or(*verdicts))
 
 
-def _equals(left: sympy.Expr, right: sympy.Expr, facts: Sequence[sympy.Expr]) -> Verdict:
+def _equals(left: sympy.Expr, right: sympy.Expr, facts: tuple[sympy.Expr, ...]) -> Verdict:
     difference = sympy.expand(left - right)
     if difference == 0:
         return True

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import sympy
 
+from gna_flex.symbolic.evaluate import integers
 from gna_flex.symbolic.lemmas import Tiling, perfect
 from gna_flex.symbolic.proof import Dimension
 
@@ -65,40 +64,9 @@ def _evaluate(dimension: Dimension, symbols: tuple[sympy.Symbol, ...], candidate
     """The numbers of a dimension for each candidate, arrays of one size."""
     results = []
     for value in _values(dimension):
-        result = _integer(sympy.sympify(value), dict(zip(symbols, candidates, strict=True)))
+        result = integers(sympy.sympify(value), dict(zip(symbols, candidates, strict=True)))
         results.append(np.broadcast_to(np.asarray(result, np.int64), candidates.shape[1:]))
     return results
-
-
-def _integer(expression: sympy.Expr, values: dict[sympy.Symbol, np.ndarray]) -> Any:
-    """An expression evaluated in integers: quotients round down, which is exact where they are integers."""
-    if expression.is_Integer:
-        return int(expression)
-    if expression.is_Symbol:
-        return values[expression]
-    if isinstance(expression, sympy.ceiling):
-        return -_integer(-expression.args[0], values)
-    if isinstance(expression, sympy.floor):
-        return _integer(expression.args[0], values)
-    numerator, denominator = sympy.fraction(sympy.together(expression))
-    if denominator != 1:
-        return _integer(numerator, values) // _integer(denominator, values)
-    if isinstance(expression, sympy.Pow) and not expression.exp.is_Integer:
-        raise ValueError(f"{expression}: powers with symbols in the exponent are not supported")
-    function = _FUNCTIONS.get(expression.func)
-    if function is None:
-        raise ValueError(f"{expression}: {expression.func.__name__} is not supported; use + - * // % Min Max")
-    return functools.reduce(function, (_integer(argument, values) for argument in expression.args))
-
-
-_FUNCTIONS: dict[Any, Callable[[Any, Any], Any]] = {
-    sympy.Add: operator.add,
-    sympy.Mul: operator.mul,
-    sympy.Pow: operator.pow,
-    sympy.Mod: operator.mod,
-    sympy.Min: np.minimum,
-    sympy.Max: np.maximum,
-}
 
 
 def _all_values(dimensions: Sequence[Dimension], symbols: tuple[sympy.Symbol, ...]) -> np.ndarray | None:

@@ -166,7 +166,7 @@ def _numeric(case: Case) -> Branch:
     )
 
 
-def _steps(conditions: Sequence[Condition], facts: Sequence[sympy.Expr]) -> tuple[Step, ...]:
+def _steps(conditions: Sequence[Condition], facts: tuple[sympy.Expr, ...]) -> tuple[Step, ...]:
     return tuple(Step(condition, decide(condition, facts)) for condition in conditions)
 
 
