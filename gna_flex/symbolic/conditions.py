@@ -58,16 +58,29 @@ def tidy(value: Value) -> sympy.Expr:
 
 def divides(divisor: sympy.Expr, value: sympy.Expr, facts: tuple[sympy.Expr, ...] = ()) -> Verdict:
     """Whether the positive ``divisor`` divides ``value``; multiples of it are dropped from what remains."""
-    terms = [t for t in sympy.Add.make_args(value) if not sympy.expand(t / divisor).is_integer]
+    terms = [t for t in sympy.Add.make_args(value) if not _is_whole(t / divisor)]
     divisor, rest = _reduced(divisor, terms)
-    whole = sympy.expand(rest / divisor).is_integer
-    if rest == 0 or whole:
+    if rest == 0 or _is_whole(rest / divisor):
         return True
     if rest.could_extract_minus_sign():
         rest = -rest
-    if whole is False or (not_negative(rest - 1, facts) and not_negative(divisor - rest - 1, facts)):
+    if _never(divisor, rest) or (not_negative(rest - 1, facts) and not_negative(divisor - rest - 1, facts)):
         return False
     return _plain(sympy.Eq(sympy.Mod(rest, divisor, evaluate=False), 0))
+
+
+def _is_whole(quotient: sympy.Expr) -> bool:
+    """Whether no denominator remains. (SymPy's own ``is_integer`` is wrong for some even or odd numbers.)"""
+    return sympy.fraction(sympy.together(sympy.expand(quotient)))[1] == 1
+
+
+def _never(divisor: sympy.Expr, value: sympy.Expr) -> bool:
+    """Whether all terms but a constant have a factor in common with the divisor that the constant has not."""
+    constant, rest = value.as_coeff_Add()
+    numbers = [divisor, constant, *(term.as_coeff_Mul()[0] for term in sympy.Add.make_args(rest))]
+    if not all(number.is_Integer for number in numbers):
+        return False
+    return bool(constant % math.gcd(divisor, *numbers[2:]) != 0)
 
 
 def _reduced(divisor: sympy.Expr, terms: Sequence[sympy.Expr]) -> tuple[sympy.Expr, sympy.Expr]:
@@ -146,7 +159,7 @@ def _equals(left: sympy.Expr, right: sympy.Expr, facts: tuple[sympy.Expr, ...]) 
 
 
 def _is_floor_of_odd_half(expression: sympy.Expr) -> bool:
-    return isinstance(expression, sympy.floor) and bool((expression.args[0] - sympy.Rational(1, 2)).is_integer)
+    return isinstance(expression, sympy.floor) and _is_whole(expression.args[0] - sympy.Rational(1, 2))
 
 
 def _plain(verdict: Boolean) -> Verdict:

@@ -115,7 +115,7 @@ def substitute(value: Number, values: dict[sympy.Symbol, int]) -> int:
 def _number(name: str, value: Number) -> Number:
     if not isinstance(value, sympy.Expr):
         return as_int(name, value)
-    expression = value
+    expression = sympy.expand(value)
     if expression.is_Integer:
         return int(expression)
     if not expression.is_integer:

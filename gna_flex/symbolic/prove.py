@@ -65,6 +65,11 @@ def _with_symbols(question: Argument, verdict: Verdict, symbols: tuple[sympy.Sym
     if not found.legal and found.all_values:
         rule = "1 <= stride <= window and window * dilation <= layout, tiles at least 1"
         raise ValueError(f"{question.gna}: no value of {', '.join(map(str, symbols))} is legal; {rule}")
+    if (verdict is True and found.fails) or (verdict is False and found.holds):
+        wrong = (found.fails or found.holds)[0]
+        raise RuntimeError(
+            f"{question.question}: SymPy derived {verdict}, but {wrong} says otherwise; please report this"
+        )
     if verdict is True or (found.all_values and not found.fails):
         return Proof(*question.parts, checked=0 if verdict is True else found.legal)
     if verdict is False or (found.all_values and not found.holds):
