@@ -70,8 +70,8 @@ def divides(divisor: sympy.Expr, value: sympy.Expr, facts: tuple[sympy.Expr, ...
 
 
 def _is_whole(quotient: sympy.Expr) -> bool:
-    """Whether no denominator remains. (SymPy's own ``is_integer`` is wrong for some even or odd numbers.)"""
-    return sympy.fraction(sympy.together(sympy.expand(quotient)))[1] == 1
+    """Whether no denominator remains; SymPy's own ``is_integer`` is wrong for some even and odd numbers."""
+    return bool(sympy.fraction(sympy.together(sympy.expand(quotient)))[1] == 1)
 
 
 def _never(divisor: sympy.Expr, value: sympy.Expr) -> bool:
