@@ -217,6 +217,17 @@ class Proof(Argument):
         """All conditions as one SymPy expression."""
         return sympy.And(*self.conditions)
 
+    def holds(self, values: dict[sympy.Symbol, int]) -> bool:
+        """Whether the conditions hold for legal values of all symbols: the question, asked again with numbers.
+
+        To substitute in the conditions themselves use ``xreplace``, all symbols at once: SymPy's ``subs`` may not end.
+        """
+        from gna_flex.symbolic.prove import prove
+
+        gna = self.gna if isinstance(self.gna, GNA) else self.gna.subs(values)
+        q_tile, kv_tile = (tuple(substitute(t, values) for t in tile) for tile in (self.q_tile, self.kv_tile))
+        return bool(prove(gna, q_tile, kv_tile, self.tiling))
+
     @property
     def ragged(self) -> tuple[int, ...]:
         """Dimensions whose last key tile sticks out of the grid: kernels must ignore the places beyond its end."""
