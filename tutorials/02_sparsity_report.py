@@ -101,7 +101,7 @@ print(found.gna)
 assert found.gna == GNA((24, 32), window=(7, 9))
 
 # %% [markdown]
-# Without the clamping, windows at the edges are cut off instead of moved inside. That is not GNA, and you are told where:
+# Without the clamping, windows at the edges are cut off instead of moved inside. That is not GNA; you are told where:
 
 
 # %%

@@ -17,8 +17,8 @@ from gna_flex.symbolic import prove
 # %% [markdown]
 # ## Search
 #
-# HunyuanVideo makes 5 seconds of 720p video from 30 x 48 x 80 tokens. All windows that leave out about 91 % of the pairs
-# in about the proportions of the layout, all strides that are powers of two, all tiles of 128 tokens:
+# HunyuanVideo makes 5 seconds of 720p video from 30 x 48 x 80 tokens. All windows that leave out about 91 % of the
+# pairs in about the proportions of the layout, all strides that are powers of two, all tiles of 128 tokens:
 
 # %%
 result = search((30, 48, 80), sparsity=0.91, device="h200", heads=24, head_dim=128, limit=5)
@@ -38,8 +38,8 @@ best = strides.candidates[0]
 assert best.stride == (2, 8, 8)
 
 # %% [markdown]
-# The paper's own choice is 16 x 8 x 8. A stride of 2 x 8 x 8 keeps every visited tile full, too, and 8 times fewer queries
-# share a window. Don't take the search's word for it:
+# The paper's own choice is 16 x 8 x 8. A stride of 2 x 8 x 8 keeps every visited tile full, too, and 8 times fewer
+# queries share a window. Don't take the search's word for it:
 
 # %%
 gna = GNA((30, 48, 80), window, best.stride)
