@@ -63,7 +63,9 @@ def flex_attention(
         _check(query, key, value, mask, enable_gqa, return_lse, return_aux)
     aux: AuxRequest = return_aux or AuxRequest(lse=return_lse)
     compiling = torch.compiler.is_compiling()
-    if mask is None or (compiling and _compiled_route(query, key, value, mask, aux, kernel_options) != "reference"):
+    if mask is None or (
+        compiling and _compiled_route(query, key, value, mask, aux, kernel_options, score_mod, scale) != "reference"
+    ):
         # In a graph a GNA mask takes the call over again, inside torch's operator.
         return torch_flex_attention(
             query,
@@ -116,11 +118,22 @@ def explain(query: Tensor, key: Tensor, value: Tensor, block_mask: GNABlockMask,
         needs_grad=wants_grad(query, key, value),
         wants_stats=aux.lse or aux.max_scores,
         kernel_options=options.get("kernel_options"),
+        value=value,
+        score_mod=options.get("score_mod"),
+        wants_maximum=aux.max_scores,
+        scale=options.get("scale"),
     )
 
 
 def _compiled_route(
-    query: Tensor, key: Tensor, value: Tensor, mask: GNABlockMask, aux: AuxRequest, kernel_options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: GNABlockMask,
+    aux: AuxRequest,
+    kernel_options: Any,
+    score_mod: ScoreMod | None,
+    scale: float | None,
 ) -> str:
     """The route of a call inside a graph."""
     return route_of(
@@ -130,6 +143,10 @@ def _compiled_route(
         wants_stats=aux.lse or aux.max_scores,
         kernel_options=kernel_options,
         compiling=True,
+        value=value,
+        score_mod=score_mod,
+        wants_maximum=aux.max_scores,
+        scale=scale,
     ).name
 
 

@@ -1,6 +1,6 @@
-"""Measurements: how long a mask takes to build, and how fast each route is, against what torch has, in one run.
+"""Measurements: how long a mask takes to build, against what torch has, in one run; and how measurements are shown.
 
-Results are checked before anything is timed. Times are medians.
+Results are checked before anything is timed. Times are medians. Attention is measured in ``compare``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import gna_flex
-from gna_flex.flex import eager_attention
-from gna_flex.mask import GNABlockMask, gna_mask
+from gna_flex.mask import gna_mask
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import reference_attention
-from gna_flex.routing import backend
 
 CREATE_BLOCK_MASK_PAIRS = 2e10
 """Up to this many pairs compiled create_block_mask is run beside gna_mask; it takes half a minute there on one core."""
@@ -34,12 +30,16 @@ CREATE_BLOCK_MASK_PAIRS = 2e10
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Median time of one way to do a thing, and the most memory it took on top of what was there before."""
+    """Median time of one way to do a thing, and the most memory it took on top of what was there before.
+
+    ``tiles`` are the shapes of query and key tiles that it computes with, in attention.
+    """
 
     name: str
     milliseconds: float
     peak_mib: float
     note: str = ""
+    tiles: str = ""
 
 
 def bench_mask(gna: GNA, order: Any = "row-major", device: str = "cpu", repeats: int = 20) -> list[Timing]:
@@ -156,82 +156,6 @@ def _status_mib(name: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def bench_attention(
-    gna: GNA,
-    *,
-    heads: int = 24,
-    head_dim: int = 128,
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-    backward: bool = False,
-    repeats: int = 20,
-) -> list[Timing]:
-    """The compiled routes on one GNA, and dense ``scaled_dot_product_attention``, in turns, in one run.
-
-    Raises:
-        AssertionError: if a route differs from the reference.
-        ValueError: if a backward is asked for on a CPU, where FlexAttention has none.
-    """
-    if backward and torch.device(device).type == "cpu":
-        raise ValueError("backward=True, but FlexAttention has no backward on the CPU: measure it on a GPU")
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (batch, heads, gna.tokens, head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(3))
-    mask = gna_mask(gna, device=device)
-    runs: dict[str, Callable[[], Tensor]] = {
-        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
-        "flex": lambda: _routed("flex", q, k, v, mask),
-    }
-    if mask.has_tiles():
-        runs["flex-tiles"] = lambda: _routed("flex-tiles", q, k, v, mask)
-    for name, run in runs.items():
-        if name != "dense":
-            _check_rows(name, run(), q, k, v, mask)
-    if backward:
-        for x in (q, k, v):
-            x.requires_grad_()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 2):
-        for name, run in runs.items():
-            times[name].append(_time_attention(run, (q, k, v), backward, device))
-    return [Timing(name, statistics.median(values[2:]), float("nan")) for name, values in times.items()]
-
-
-def _routed(route: str, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask) -> Tensor:
-    with backend(route):
-        return eager_attention(q, k, v, mask)[0]
-
-
-def _time_attention(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str) -> float:
-    """Milliseconds of one forward, or of one backward."""
-    out = run() if backward else None
-    grad = torch.randn_like(out) if out is not None else None
-    _synchronize(device)
-    if torch.device(device).type != "cuda":
-        begin = time.perf_counter()
-        torch.autograd.grad(out, inputs, grad) if out is not None else run()
-        return (time.perf_counter() - begin) * 1e3
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    torch.autograd.grad(out, inputs, grad) if out is not None else run()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
-
-
-def _check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:
-    """Compares random queries with the reference in float64; the budget is what rounding to the type may lose."""
-    picked = torch.randint(q.shape[2], (rows,), device=q.device)
-    one = slice(0, 1)
-    query, key, value = (x[one, one].double() for x in (q[:, :, picked], k, v))
-    exact = reference_attention(query, key, value, lambda b, h, i, j: mask.mask_mod(b, h, picked[i], j))[0]
-    error = (out[one, one, picked].double() - exact).abs().max().item()
-    budget = 4 * torch.finfo(q.dtype).eps * v.abs().max().item()
-    if not error <= budget:
-        raise AssertionError(f"{name}: error {error:.2e} against the reference, budget {budget:.2e}")
-
-
 def _synchronize(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -278,32 +202,56 @@ def speedups(what: str, timings: list[Timing]) -> list[float]:
     return [base / timing.milliseconds for timing in timings]
 
 
+def of_ideal(what: str, gna: GNA, timings: list[Timing]) -> list[float]:
+    """Share of the ideal speed, at which time is in proportion to the pairs of query and key; NaN where unknown."""
+    if what != "attention":
+        return [math.nan] * len(timings)
+    flops = gna.tokens**2 / gna.kept_pairs()
+    shares = [ratio / flops for ratio in speedups(what, timings)]
+    return [math.nan if timing.name == BASELINES[what] else s for timing, s in zip(timings, shares, strict=True)]
+
+
 def to_json(what: str, gna: GNA, settings: dict[str, Any], timings: list[Timing]) -> dict[str, Any]:
     """A measurement with all that it was made with; what was not measured is ``None``."""
-    rows = [
-        {name: _known(value) for name, value in (dataclasses.asdict(timing) | {"speedup": ratio}).items()}
-        for timing, ratio in zip(timings, speedups(what, timings), strict=True)
-    ]
-    described = {"what": what, "gna": dataclasses.asdict(gna), "settings": settings, "baseline": BASELINES[what]}
+    ratios = zip(timings, speedups(what, timings), of_ideal(what, gna, timings), strict=True)
+    measured = [dataclasses.asdict(timing) | {"speedup": ratio, "of_ideal": share} for timing, ratio, share in ratios]
+    rows = [{name: _known(value) for name, value in row.items()} for row in measured]
+    described: dict[str, Any] = {
+        "what": what,
+        "gna": dataclasses.asdict(gna),
+        "settings": settings,
+        "baseline": BASELINES[what],
+    }
+    described["flop_speedup"] = gna.tokens**2 / gna.kept_pairs()
     return described | {"timings": rows, "environment": environment(settings["device"])}
 
 
 def table(what: str, gna: GNA, settings: dict[str, Any], timings: list[Timing]) -> RenderableType:
     """A measurement to print."""
+    columns = _columns(what, gna, timings)
     rows = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    rows.add_column(what, no_wrap=True)
-    with_memory = any(_known(timing.peak_mib) is not None for timing in timings)
-    for heading in ("median time", f"vs {BASELINES[what]}", *(["memory added"] if with_memory else [])):
-        rows.add_column(heading, justify="right", no_wrap=True)
-    for timing, ratio in zip(timings, speedups(what, timings), strict=True):
-        memory = [_show(timing.peak_mib, ",.0f", " MiB")] if with_memory else []
-        cells = (_show(timing.milliseconds, ",.2f", " ms"), _show(ratio, ",.2f", "x"), *memory)
-        rows.add_row(timing.name, *cells)
+    for heading in columns:
+        rows.add_column(heading, justify="left" if heading in (what, "tiles") else "right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        rows.add_row(*cells)
     facts = environment(settings["device"])
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
     machine = f"torch {facts['torch']}, {facts.get('gpu', facts['processor'])}"
     notes = [f"{timing.name}: {timing.note}" for timing in timings if timing.note]
     return Group(str(gna), f"{chosen}; {machine}", rows, *notes)
+
+
+def _columns(what: str, gna: GNA, timings: list[Timing]) -> dict[str, list[str]]:
+    """Columns of a table by heading; those without any number are left out."""
+    columns = {
+        "median time": [_show(timing.milliseconds, ",.2f", " ms") for timing in timings],
+        f"vs {BASELINES[what]}": [_show(ratio, ",.2f", "x") for ratio in speedups(what, timings)],
+        "of ideal": [_show(share, ".0%", "") for share in of_ideal(what, gna, timings)],
+        "memory added": [_show(timing.peak_mib, ",.0f", " MiB") for timing in timings],
+        "tiles": [timing.tiles or "-" for timing in timings],
+    }
+    known = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
+    return {what: [timing.name for timing in timings]} | known
 
 
 def _known(value: Any) -> Any:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
+from gna_flex import kernels
 from gna_flex.intervals import ceil_div
 from gna_flex.reference import ScoreMod, reference_attention
-from gna_flex.routing import Facts, Route, choose_route, cpp_compiler
+from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, forced
 from gna_flex.tiling import TileOrder
 from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity
 
@@ -70,6 +71,10 @@ def route_of(
     wants_stats: bool = False,
     kernel_options: dict[str, Any] | None = None,
     compiling: bool = False,
+    value: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    wants_maximum: bool = False,
+    scale: float | None = None,
 ) -> Route:
     """The route of a call with a GNA mask."""
     return choose_route(
@@ -85,8 +90,46 @@ def route_of(
             tiles_pay=mask.tiles_pay(compiling),
             backend=(kernel_options or {}).get("BACKEND", "AUTO"),
             has_compiler=compiling or query.device.type != "cpu" or cpp_compiler() is not None,
+            capability=mask.capability,
+            missing=kernels.missing(),
+            foreign=foreign_to_kernels(query, value, mask, score_mod, wants_maximum, scale),
         )
     )
+
+
+def foreign_to_kernels(
+    query: Tensor,
+    value: Tensor | None,
+    mask: GNABlockMask,
+    score_mod: ScoreMod | None,
+    wants_maximum: bool,
+    scale: float | None,
+) -> str:
+    """What a call has that our kernels know nothing of; empty if there is nothing."""
+    plan = mask.plan
+    if not is_identity(score_mod):
+        return "it takes no score_mod"
+    if plan.and_mask is not None:
+        return "the mask has a further condition (and_mask)"
+    if plan.q_order is not None or plan.kv_order is not None:
+        return "it takes tokens in natural order, and the mask is for another one"
+    if len({gna.dilation for gna in plan.gnas}) > 1:
+        return "the heads differ in dilation"
+    if value is not None and value.shape[-1] != query.shape[-1]:
+        return f"it takes values of the head dim of queries, not {value.shape[-1]} and {query.shape[-1]}"
+    if wants_maximum:
+        return "it returns no maximum of the scores"
+    if scale is not None and scale < 0:
+        return f"it takes no negative scale ({scale})"
+    return ""
+
+
+def kernel_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: GNABlockMask, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by the CUDA kernel."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.gna_flex.attention(query, key, value, *mask.lists, factor)  # type: ignore[no-any-return]
 
 
 def _pairs(query: Tensor, key: Tensor) -> int:
@@ -137,12 +180,26 @@ class RoutedTuple:
         mask, rest = routed.mask, args[len(HOP_ARGUMENTS) :]
         if options.get("BACKEND", "AUTO") != "AUTO":
             return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
+        wants_maximum = options.get("OUTPUT_MAX", False)
         if routed.eager:
             if is_identity(score_mod):
-                return torch.ops.gna_flex.eager_attention(query, key, value, mask.handle, scale)
+                return torch.ops.gna_flex.eager_attention(query, key, value, mask.handle, scale, wants_maximum)
             _refuse_dense(query, key)
             return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
-        route = route_of(query, key, mask, needs_grad=wants_grad(query, key, value), compiling=True)
+        route = route_of(
+            query,
+            key,
+            mask,
+            needs_grad=wants_grad(query, key, value),
+            compiling=True,
+            value=value,
+            score_mod=score_mod,
+            wants_maximum=wants_maximum,
+            scale=scale,
+        )
+        if route.name == "hopper":
+            out, lse = kernel_attention(*autocast(query, key, value), mask, scale)
+            return out, lse * math.log2(math.e), lse.new_empty(0)
         if route.name == "flex":
             return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
         if route.name == "flex-tiles":
@@ -188,7 +245,27 @@ def eager_attention(
     grad = wants_grad(query, key, value)
     # Tensors that a score_mod captures may want gradients, which the CPU kernel would drop without a word.
     grad = grad or (score_mod is not None and query.device.type == "cpu" and torch.is_grad_enabled())
-    route = route_of(query, key, mask, needs_grad=grad, wants_stats=lse or top, kernel_options=kernel_options)
+    route = route_of(
+        query,
+        key,
+        mask,
+        needs_grad=grad,
+        wants_stats=lse or top,
+        kernel_options=kernel_options,
+        value=value,
+        score_mod=score_mod,
+        wants_maximum=top,
+        scale=scale,
+    )
+    if route.name == "hopper":
+        try:
+            return (*kernel_attention(query, key, value, mask, scale), None)
+        except (RuntimeError, ImportError) as error:
+            # Memory may be there next time; a forced route must not change.
+            if isinstance(error, torch.OutOfMemoryError) or forced():
+                raise
+            kernels.give_up(error)
+            route = route_of(query, key, mask, needs_grad=grad, wants_stats=lse or top, kernel_options=kernel_options)
     if route.name == "reference":
         return reference(query, key, value, mask, score_mod, scale)
     tiles = mask.tiles if route.name == "flex-tiles" else None

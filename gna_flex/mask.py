@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
+from gna_flex import kernels
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
 from gna_flex.flex import RoutedTuple, Tiles, full_width
 from gna_flex.intervals import ceil_div, key_interval, query_interval
@@ -57,6 +58,16 @@ class MaskPlan:
         )
 
     @property
+    def lists(self) -> tuple[list[int], list[int], list[int], list[int], list[bool], int, int]:
+        """Layout; windows, strides, dilations and causal flags of all GNAs in a row; text before and after."""
+        gnas = self.gnas
+        windows, strides, dilations = (
+            [n for gna in gnas for n in getattr(gna, name)] for name in ("window", "stride", "dilation")
+        )
+        causal = [flag for gna in gnas for flag in gna.causal]
+        return list(gnas[0].layout), windows, strides, dilations, causal, gnas[0].text_first, gnas[0].text_last
+
+    @property
     def block_counts(self) -> tuple[int, int]:
         """Blocks of queries and of keys."""
         q_len, kv_len = self.seq_lengths
@@ -87,6 +98,8 @@ class GNABlockMask(BlockMask):
         plan: everything that fixes the mask.
         counts: full, partial and all blocks, summed over the heads that differ.
         plain: the same block lists as a BlockMask that does not route itself.
+        lists: the GNAs as the numbers that operators take.
+        capability: compute capability of the mask's CUDA device; ``None`` on others.
     """
 
     def __init__(self, plan: MaskPlan, device: torch.device) -> None:
@@ -101,6 +114,9 @@ class GNABlockMask(BlockMask):
         self.plain = BlockMask(**shared)
         self.plan = plan
         self.handle = f"mask{next(_serial)}"
+        self.lists = plan.lists
+        self.capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        kernels.missing()  # finds out outside of graphs, which cannot
         self._tiles: Tiles | None = None
         # A graph cannot build tables, so they are ready beforehand on devices where compiled code may ask for them.
         self._tiles_pay = device.type != "cpu" and self.tiles_pay()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from gna_flex.flex import eager_attention, to_base_2
 from gna_flex.mask import mask_of
+from gna_flex.mask_mod import mask_mod
+from gna_flex.neighborhood import GNA
+from gna_flex.reference import reference_attention
 from gna_flex.tiling import from_tiles, to_tiles
 from gna_flex.torch_private import FakeTensor
 
@@ -18,7 +23,8 @@ _library = torch.library.Library("gna_flex", "DEF")
 
 _GEOMETRY = "int[] layout, int[] tiles, int[] tile, int[] dilation, int[] text, int[] text_places"
 _library.define(
-    "eager_attention(Tensor query, Tensor key, Tensor value, str mask, float scale) -> (Tensor, Tensor, Tensor)",
+    "eager_attention(Tensor query, Tensor key, Tensor value, str mask, float scale, bool maximum) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _name in ("to_tiles", "from_tiles"):
@@ -26,7 +32,7 @@ for _name in ("to_tiles", "from_tiles"):
 
 
 def _eager_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float, maximum: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An eager call of torch's own flex_attention with a GNA mask; statistics in base 2, as its operator has them.
 
@@ -37,9 +43,10 @@ def _eager_attention(
         return query.new_empty(*query.shape[:-1], value.shape[-1]), stats, stats.clone()
     lse = query.device.type != "cpu"
     gqa = query.shape[1] != key.shape[1]
-    out, lse_, top = eager_attention(query, key, value, mask_of(mask), scale=scale, enable_gqa=gqa, lse=lse, top=lse)
+    top = lse and maximum
+    out, lse_, top_ = eager_attention(query, key, value, mask_of(mask), scale=scale, enable_gqa=gqa, lse=lse, top=top)
     empty = out.new_empty(0, dtype=torch.float32)
-    return to_base_2(out, empty if lse_ is None else lse_, empty if top is None else top)
+    return to_base_2(out, empty if lse_ is None else lse_, empty if top_ is None else top_)
 
 
 _library.impl("eager_attention", _eager_attention, "CompositeImplicitAutograd")
@@ -85,3 +92,127 @@ def _wide(x: Tensor, dim: int) -> Tensor:
 
 _permutation("to_tiles", to_tiles, "from_tiles")
 _permutation("from_tiles", from_tiles, "to_tiles")
+
+
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, int[] layout, int[] window, int[] stride, int[] dilation, "
+    "bool[] causal, int text_first, int text_last, float scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gnas(
+    layout: tuple[int, ...],
+    window: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    text_first: int,
+    text_last: int,
+) -> tuple[GNA, ...]:
+    """One GNA, or one per head, from lists that hold the values of all heads in a row."""
+    n = len(layout)
+
+    def of_head(h: int) -> GNA:
+        w, s, d, c = (values[h : h + n] for values in (window, stride, dilation, causal))
+        return GNA(layout, w, s, d, c, text_first, text_last)  # type: ignore[arg-type]
+
+    return tuple(of_head(h) for h in range(0, len(window), n))
+
+
+def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Attention by the hand-written kernel; log-sum-exp in float32, natural logarithm."""
+    from gna_flex.cuda.forward import attention
+
+    *lists, text_first, text_last, scale = rest
+    return attention(query, key, value, _gnas(*map(tuple, lists), text_first, text_last), scale)
+
+
+def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The reference, where there is no kernel."""
+    *lists, text_first, text_last, scale = rest
+    mod = mask_mod(_gnas(*map(tuple, lists), text_first, text_last))
+    out, lse, _ = reference_attention(query, key, value, mod, scale=scale)
+    return torch.empty_like(query).copy_(out), lse.float()
+
+
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+_library.define(
+    "attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
+    "Tensor grad_lse, int[] layout, int[] window, int[] stride, int[] dilation, bool[] causal, int text_first, "
+    "int text_last, float scale) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by FlexAttention's backward, which needs no forward of its own."""
+    from gna_flex.flex_backward import flex_backward
+
+    *tensors, layout, window, stride, dilation, causal, text_first, text_last, scale = arguments
+    gnas = _gnas(*map(tuple, (layout, window, stride, dilation, causal)), text_first, text_last)
+    query, key, value, out, lse, grad_out, grad_lse = tensors
+    return _like(flex_backward(gnas, query, key, value, out, lse, grad_out, grad_lse, scale), tensors)
+
+
+def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference once more, with gradients."""
+    *tensors, layout, window, stride, dilation, causal, text_first, text_last, scale = arguments
+    mod = mask_mod(_gnas(*map(tuple, (layout, window, stride, dilation, causal)), text_first, text_last))
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in tensors[:3]]
+        out, lse, _ = reference_attention(inputs[0], inputs[1], inputs[2], mod, scale=scale)
+        grads = torch.autograd.grad((out, lse), inputs, (tensors[5].to(out.dtype), tensors[6].to(lse.dtype)))
+    return _like(grads, tensors)
+
+
+def _like(grads: Any, tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the strides of query, key and value."""
+    dq, dk, dv = (torch.empty_like(x).copy_(grad) for x, grad in zip(tensors, grads, strict=False))
+    return dq, dk, dv
+
+
+def _backward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.rest = inputs[3:]
+
+
+def _attention_gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.gna_flex.attention_backward(*ctx.saved_tensors, grad_out, grad_lse, *ctx.rest)
+    return *grads, *(None,) * len(ctx.rest)
+
+
+_library.impl("attention_backward", _backward_cuda, "CUDA")
+_library.impl("attention_backward", _backward_cpu, "CPU")
+torch.library.register_fake("gna_flex::attention_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("gna_flex::attention", _attention_gradients, setup_context=_save, lib=_library)
+
+_library.impl("attention", _attention_cuda, "CUDA")
+_library.impl("attention", _attention_cpu, "CPU")
+torch.library.register_fake("gna_flex::attention", _attention_fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.gna_flex.attention)
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+    """Multiplications and additions of the kept pairs: two products of ``D`` for each."""
+    *lists, text_first, text_last, _ = rest
+    gnas = _gnas(*map(tuple, lists), text_first, text_last)
+    batch, heads, _, head_dim = query
+    pairs = sum(gna.kept_pairs() for gna in gnas) * (heads if len(gnas) == 1 else 1)
+    return int(4 * batch * pairs * head_dim)
+
+
+@register_flop_formula(torch.ops.gna_flex.attention_backward)
+def _backward_flops(
+    query: Any, key: Any, value: Any, out: Any, lse: Any, do: Any, dl: Any, *rest: Any, **_: Any
+) -> int:
+    """Five products of ``D`` for each kept pair, where the forward has two."""
+    return _attention_flops(query, key, value, *rest) * 5 // 2

@@ -44,6 +44,14 @@ def _video_and_images() -> Iterator[Preset]:
     yield hunyuan("hunyuan-video", GNA(cube, window, (16, 8, 8)), note="720p video, perfectly block-sparse")
     yield hunyuan("hunyuan-video-sliding", GNA(cube, window), note="720p video, a window per query")
     yield Preset(
+        "hunyuan-video-text",
+        GNA(cube, window, (16, 8, 8), text_last=256),
+        24,
+        128,
+        "720p video with its 256 text tokens",
+        f"text: {DIFFUSERS}; window: {GNA_PAPER}",
+    )
+    yield Preset(
         "hunyuan-video-129f",
         GNA((33, 45, 80), window, (16, 8, 8), text_last=256),
         24,
@@ -54,14 +62,15 @@ def _video_and_images() -> Iterator[Preset]:
     flux = partial(Preset, heads=24, head_dim=128, source=GNA_PAPER)
     yield flux("flux-4k", GNA((256, 256), 80, 16), note="FLUX.1 at 4096 x 4096, perfectly block-sparse")
     yield flux("flux-4k-sliding", GNA((256, 256), 80), note="FLUX.1 at 4096 x 4096, a window per query")
-    yield Preset(
-        "flux-4k-text",
-        GNA((256, 256), 80, 16, text_first=512),
-        24,
-        128,
-        "FLUX.1 at 4096 x 4096 with its 512 text tokens",
-        f"text: {DIFFUSERS}; window: {GNA_PAPER}",
-    )
+    for name, stride, each in (("flux-4k-text", 16, ""), ("flux-4k-sliding-text", 1, ", a window per query")):
+        yield Preset(
+            name,
+            GNA((256, 256), 80, stride, text_first=512),
+            24,
+            128,
+            f"FLUX.1 at 4096 x 4096 with its 512 text tokens{each}",
+            f"text: {DIFFUSERS}; window: {GNA_PAPER}",
+        )
     cosmos = partial(Preset, heads=32, head_dim=128, source=GNA_PAPER)
     cube, window = (16, 44, 80), (16, 32, 48)
     yield cosmos("cosmos", GNA(cube, window, (1, 16, 16)), note="720p, perfectly block-sparse")
@@ -112,6 +121,9 @@ def _text_and_vision() -> Iterator[Preset]:
     yield lm("lm-32k", causal, note="language model, causal sliding window")
     both = GNA.sliding_window(32768, 2048)
     yield lm("lm-32k-bidirectional", both, note="encoder, sliding window to both sides")
+    strided = GNA(32768, 2048, 256)
+    yield lm("lm-32k-strided", strided, note="encoder, groups of 256 tokens share a window, perfectly block-sparse")
+    yield lm("dense-32k", GNA.dense(32768), note="no mask at all: what a route costs where there is nothing to skip")
     vit = partial(Preset, heads=16, head_dim=64, source=f"grid: transformers; {EXAMPLE}")
     prefix = "class token and 4 registers first; an example window, the model is trained dense"
     yield vit("dinov2-518", GNA((37, 37), 15, text_first=5), note=f"ViT-L/14, 518 pixels: {prefix}")

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-ROUTES = ("flex-tiles", "flex", "reference")
-"""Routes in order of preference: compiled FlexAttention in tile order, the same in the given order, the reference."""
+ROUTES = ("hopper", "flex-tiles", "flex", "reference")
+"""Routes in order of preference: CUDA kernel, compiled FlexAttention in tile order and in the given one, reference."""
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_MAX_HEAD_DIM = 256
 
 FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLEX_DEVICES = ("cuda", "xpu")
@@ -29,6 +32,9 @@ class Facts(NamedTuple):
     ``pairs`` is batch x heads x queries x keys. ``has_tiles`` and ``tiles_pay`` say whether the mask has a tile order
     and whether it is predicted to be faster. ``wants_stats``: log-sum-exp or maximum is returned. ``backend`` is the
     ``BACKEND`` of FlexAttention's kernel options. ``has_compiler``: a C++ compiler is there, which the CPU needs.
+
+    For CUDA kernels: ``capability`` of the device, ``missing``: why kernels cannot be compiled or launched here at all
+    (a missing package, or what went wrong before), and ``foreign``: what the call has that kernels know nothing of.
     """
 
     device: str
@@ -42,6 +48,9 @@ class Facts(NamedTuple):
     tiles_pay: bool
     backend: str = "AUTO"
     has_compiler: bool = True
+    capability: tuple[int, int] | None = None
+    missing: str = ""
+    foreign: str = ""
 
 
 class Route(NamedTuple):
@@ -88,6 +97,7 @@ def choose_route(facts: Facts) -> Route:
 
 
 _REASONS = {
+    "hopper": "the CUDA kernel for Hopper, on the tokens as given",
     "flex-tiles": "compiled FlexAttention in tile order is predicted to be fastest",
     "flex": "compiled FlexAttention in the order of the tokens as given",
     "reference": "plain attention with the whole mask",
@@ -96,6 +106,8 @@ _REASONS = {
 
 def obstacle_to(name: str, facts: Facts) -> str:
     """Why a route cannot take a call; empty if it can."""
+    if name == "hopper":
+        return _kernel_obstacle(facts)
     if name == "reference":
         if facts.backend != "AUTO":
             return f"kernel_options ask for BACKEND={facts.backend}"
@@ -124,6 +136,28 @@ def obstacle_to(name: str, facts: Facts) -> str:
             return f"kernel_options ask for BACKEND={facts.backend} on the tokens as given"
         if not facts.has_tiles:
             return "the mask has no tile order (its tokens are in tile order already, or its heads differ in dilation)"
+    return ""
+
+
+def _kernel_obstacle(facts: Facts) -> str:
+    """Why the Hopper kernel cannot take a call; empty if it can."""
+    if facts.device != "cuda" or facts.capability is None:
+        return f"it needs an NVIDIA Hopper GPU, and the tensors are on {facts.device}"
+    if facts.capability != (9, 0):
+        major, minor = facts.capability
+        return f"it is written for compute capability 9.0, and this GPU has {major}.{minor}"
+    if facts.missing:
+        return facts.missing
+    if facts.backend != "AUTO":
+        return f"kernel_options ask for BACKEND={facts.backend}"
+    if facts.dtype not in KERNEL_DTYPES:
+        return f"it computes in float16 and bfloat16, not in {facts.dtype}"
+    if facts.head_dim % 8 or facts.head_dim > KERNEL_MAX_HEAD_DIM:
+        return f"it takes head dims that are multiples of 8 up to {KERNEL_MAX_HEAD_DIM}, not {facts.head_dim}"
+    if facts.foreign:
+        return facts.foreign
+    if facts.needs_grad and facts.head_dim < FLEX_MIN_HEAD_DIM:
+        return f"its backward is FlexAttention's, which needs a head dim of at least {FLEX_MIN_HEAD_DIM}"
     return ""
 
 
@@ -162,6 +196,11 @@ def backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def forced() -> str | None:
+    """The route that is forced; ``None`` if the choice is free."""
+    return _forced
 
 
 _forced: str | None = os.environ.get("GNA_FLEX_BACKEND") or None

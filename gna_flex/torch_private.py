@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch._higher_order_ops.flex_attention import flex_attention as _hop
+from torch._higher_order_ops.flex_attention import flex_attention_backward as _backward_hop
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import flex_attention as _flex_module
@@ -17,6 +19,8 @@ __all__ = [
     "BLOCK_TABLES",
     "HOP_ARGUMENTS",
     "FakeTensor",
+    "compile_graph",
+    "flex_attention_backward_hop",
     "flex_attention_hop",
     "is_identity",
     "sliced_mask_mod",
@@ -37,6 +41,12 @@ BLOCK_TABLES = (
 
 flex_attention_hop: Any = _hop
 """The FlexAttention operator that torch's front end calls, in eager mode and in graphs."""
+
+flex_attention_backward_hop: Any = _backward_hop
+"""Its backward: query, key, value, output, log-sum-exp (base 2), gradients of the last two, then as the forward."""
+
+compile_graph: Any = torch._inductor.compile
+"""A traced graph and example inputs to a compiled function of inputs of the same sizes and strides."""
 
 HOP_ARGUMENTS = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")
 """Leading arguments of ``flex_attention_hop``. It returns output, log-sum-exp and maximum, both in base 2."""

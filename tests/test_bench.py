@@ -1,12 +1,14 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from gna_flex import GNA, bench
-from gna_flex.bench import Timing, bench_attention, bench_mask, speedups
+from gna_flex import GNA, bench, compare, gna_mask, reference_attention
+from gna_flex.bench import Timing, bench_mask, of_ideal, speedups
 from gna_flex.cli import main
+from gna_flex.compare import Contender, bench_attention
 
 NAN = float("nan")
 
@@ -91,13 +93,13 @@ def test_memory_is_the_peak_not_what_is_left():
 
 def fake_routes(monkeypatch, error=0.0):
     """Routes without compiling: the reference, plus an error."""
-    eager = bench.eager_attention
+    eager = compare.eager_attention
 
     def routed(route, q, k, v, mask):
-        with bench.backend("reference"):
+        with compare.backend("reference"):
             return eager(q, k, v, mask)[0] + error
 
-    monkeypatch.setattr(bench, "_routed", routed)
+    monkeypatch.setattr(compare, "_routed", routed)
 
 
 SMALL = ["8x8", "--window", "3", "--heads", "2", "--head-dim", "16", "--device", "cpu", "--repeats", "1"]
@@ -106,7 +108,15 @@ SMALL = ["8x8", "--window", "3", "--heads", "2", "--head-dim", "16", "--device",
 def test_attention(capsys, monkeypatch):
     fake_routes(monkeypatch)
     out = ok(capsys, "bench", "attention", *SMALL)
-    for word in ("dense", "flex-tiles", "vs dense", "bfloat16"):
+    for word in (
+        "dense",
+        "flex-tiles",
+        "vs dense",
+        "of ideal",
+        "tiles",
+        "bfloat16",
+        "hopper: not run, it needs an NVIDIA",
+    ):
         assert word in out
     assert "memory" not in out
     numbers = json.loads(ok(capsys, "bench", "attention", *SMALL, "--dtype", "float32", "--batch", "2", "--json"))
@@ -120,8 +130,19 @@ def test_attention(capsys, monkeypatch):
         "backward": False,
     }
     assert numbers["baseline"] == "dense"
-    assert [timing["name"] for timing in numbers["timings"]] == ["dense", "flex", "flex-tiles"]
-    assert all(timing["milliseconds"] > 0 for timing in numbers["timings"])
+    pairs = 64**2 / GNA((8, 8), 3).kept_pairs()
+    assert numbers["flop_speedup"] == pytest.approx(pairs)
+    by_name = {timing["name"]: timing for timing in numbers["timings"]}
+    assert list(by_name) == ["dense", "hopper", "flex-tiles", "flex", "natten"]
+    for name in ("dense", "flex-tiles", "flex"):
+        assert by_name[name]["milliseconds"] > 0
+    for name in ("hopper", "natten"):
+        assert by_name[name]["milliseconds"] is by_name[name]["speedup"] is by_name[name]["of_ideal"] is None
+        assert by_name[name]["note"].startswith("not run, ")
+    assert by_name["dense"]["of_ideal"] is None
+    assert by_name["flex"]["of_ideal"] == pytest.approx(by_name["flex"]["speedup"] / pairs)
+    assert by_name["flex"]["tiles"] == "128 | 128"
+    assert "x" in by_name["flex-tiles"]["tiles"]
 
 
 def test_heads_of_a_preset(capsys, monkeypatch):
@@ -131,7 +152,7 @@ def test_heads_of_a_preset(capsys, monkeypatch):
         seen.update(options)
         return [Timing("dense", 2.0, NAN), Timing("flex", 1.0, NAN)]
 
-    monkeypatch.setattr(bench, "bench_attention", measure)
+    monkeypatch.setattr(compare, "bench_attention", measure)
     out = ok(capsys, "bench", "attention", "--preset", "ltx-2.5-decoder-3", "--device", "cpu")
     assert (seen["heads"], seen["head_dim"]) == (8, 64)
     assert "2.00x" in out
@@ -139,7 +160,7 @@ def test_heads_of_a_preset(capsys, monkeypatch):
 
 def test_attention_that_is_wrong_raises(capsys, monkeypatch):
     fake_routes(monkeypatch, error=1.0)
-    with pytest.raises(AssertionError, match="flex: error"):
+    with pytest.raises(AssertionError, match="flex-tiles: error"):
         bench_attention(GNA((8, 8), 3), heads=1, head_dim=16, device="cpu", repeats=1)
     assert main(["bench", "attention", *SMALL]) == 1
     assert "against the reference" in capsys.readouterr().err
@@ -149,7 +170,107 @@ def test_attention_that_is_wrong_raises(capsys, monkeypatch):
 def test_compiled_routes_on_the_cpu():
     gna = GNA((16, 16), 5)
     timings = bench_attention(gna, heads=2, head_dim=32, dtype=torch.float32, device="cpu", repeats=2)
-    assert [timing.name for timing in timings] == ["dense", "flex", "flex-tiles"]
+    assert [timing.name for timing in timings if timing.milliseconds > 0] == ["dense", "flex-tiles", "flex"]
+
+
+def test_every_head_counts_in_the_check():
+    gna = GNA((8, 8), 3)
+    q, k, v = torch.randn(3, 2, 3, 64, 16).unbind()
+    mask = gna_mask(gna, device="cpu")
+    out = reference_attention(q, k, v, mask.mask_mod)[0]
+    compare.check_rows("ours", out, q, k, v, mask)
+    for head in ((0, 0), (1, 2)):
+        wrong = out.clone()
+        wrong[head] += 1
+        with pytest.raises(AssertionError, match="ours: error"):
+            compare.check_rows("ours", wrong, q, k, v, mask)
+
+
+def test_rounds_go_back_and_forth(monkeypatch):
+    order = []
+    monkeypatch.setattr(compare, "time_one", lambda run, *rest: order.append(run()) or float(len(order)))
+    ways = [Contender("a", lambda: "a"), Contender("b", lambda: "b"), Contender("c", note="cannot")]
+    times = compare.in_turns(ways, False, "cpu", 2)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert times == {"a": 6.5, "b": 6.5}
+
+
+def test_dense_attention_that_would_take_for_ever_is_not_run(monkeypatch):
+    monkeypatch.setattr(compare, "DENSE_FLOPS", 0)
+    way = compare.dense(*torch.zeros(3, 1, 1, 8, 8).unbind())
+    assert way.run is None
+    assert "operations" in way.note
+    timings = [Timing("dense", NAN, NAN, way.note), Timing("flex", 1.0, NAN)]
+    assert math.isnan(speedups("attention", timings)[1])
+    assert math.isnan(of_ideal("attention", GNA((8, 8), 3), timings)[1])
+
+
+class FakeNatten:
+    """Stands for the package: dense attention under the mask, on tensors [B, *layout, H, D]."""
+
+    HAS_LIBNATTEN = True
+    __version__ = "1.2.3"
+    refused = ((4, 4), (2, 2))
+
+    def __init__(self, gna, wrong=0.0):
+        self.gna, self.wrong, self.calls = gna, wrong, []
+
+    def na2d(self, query, key, value, **options):
+        self.calls.append(options)
+        if options.get("q_tile_shape") == self.refused[0]:
+            raise ValueError("tile shapes")
+        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))
+        out = reference_attention(q, k, v, gna_mask(self.gna, device="cpu").mask_mod)[0]
+        return out.transpose(1, 2).reshape(query.shape) + self.wrong
+
+    def get_configs_for_cutlass_hopper_fna(self, *tensors):
+        return [(self.refused, 1), (((8, 2), (2, 8)), 2)]
+
+
+@pytest.fixture
+def natten(monkeypatch):
+    package = FakeNatten(GNA((6, 8), 3))
+    monkeypatch.setitem(sys.modules, "natten", package)
+    monkeypatch.setitem(sys.modules, "natten.backends", package)
+    monkeypatch.setattr(compare, "_natten_obstacle", lambda gna, q: "")
+    return package
+
+
+def test_natten_runs_in_its_own_layout_with_its_best_tiles(natten):
+    gna = natten.gna
+    q, k, v = torch.randn(3, 2, 3, 48, 16).unbind()
+    way = compare.natten(q, k, v, gna, backward=False)
+    assert [x.shape for x in way.inputs] == [(2, 6, 8, 3, 16)] * 3
+    assert way.tiles == "8x2 | 2x8"
+    assert way.note == "NATTEN 1.2.3, the best of 2 tiles"
+    compare.check_rows("natten", way.to_natural(way.run()), q, k, v, gna_mask(gna, device="cpu"))
+    assert natten.calls[-1] == {
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "dilation": (1, 1),
+        "is_causal": (False, False),
+        "backend": "hopper-fna",
+        "q_tile_shape": (8, 2),
+        "kv_tile_shape": (2, 8),
+        "kernel_schedule": 2,
+    }
+    compare.natten(q, k, v, gna, backward=True).run()
+    assert "q_tile_shape" not in natten.calls[-1]
+
+
+def test_natten_that_refuses_every_shape_is_not_run(natten, monkeypatch):
+    monkeypatch.setattr(natten, "get_configs_for_cutlass_hopper_fna", lambda *tensors: [(natten.refused, 1)])
+    q, k, v = torch.randn(3, 1, 1, 48, 16).unbind()
+    way = compare.natten(q, k, v, natten.gna, backward=False)
+    assert way.run is None
+    assert "do not take this call" in way.note
+
+
+def test_natten_that_is_wrong_raises(natten, monkeypatch):
+    fake_routes(monkeypatch)
+    natten.wrong = 1.0
+    with pytest.raises(AssertionError, match="natten: error"):
+        bench_attention(natten.gna, heads=1, head_dim=16, dtype=torch.float32, device="cpu", repeats=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import gna_flex
 from gna_flex import cli
 from gna_flex.cli import main
 from gna_flex.cli.arguments import sizes
+from gna_flex.cuda import jit
 
 
 def ok(capsys, *argv):
@@ -120,6 +121,41 @@ def test_info(capsys, monkeypatch):
     out = ok(capsys, "info")
     assert "flex-tiles" in out
     assert "GNA_FLEX_BACKEND=flex" in out
+    assert "Hopper" in cpu["hopper"]["inference"]
+
+
+def test_info_of_kernels(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", str(tmp_path))
+    facts = json.loads(ok(capsys, "info", "--json"))
+    assert facts["environment"]["GNA_FLEX_CACHE_DIR"]["value"] == str(tmp_path)
+    assert facts["kernels"] | {"nvrtc": "", "missing": ""} == {
+        "missing": "",
+        "nvrtc": "",
+        "cache": str(tmp_path),
+        "cached": [],
+    }
+    options = ("-std=c++17", "-DHEAD_DIM=128", "-DTEXT=0")
+    entries = [jit.Entry(f"{i}.cu", "sm_90a", options, 1 << 20, float(i), tmp_path / str(i)) for i in range(10)]
+    monkeypatch.setattr(jit, "cached_kernels", lambda: entries)
+    cached = json.loads(ok(capsys, "info", "--json"))["kernels"]["cached"]
+    assert len(cached) == 10
+    assert cached[3] == {
+        "name": "3.cu",
+        "arch": "sm_90a",
+        "macros": {"HEAD_DIM": "128", "TEXT": "0"},
+        "bytes": 1 << 20,
+        "age": 3.0,
+    }
+    out = ok(capsys, "info")
+    for words in ("10 kernels, 10.0 MiB", "7.cu sm_90a: HEAD_DIM=128 TEXT=0", "and 2 older ones"):
+        assert words in out
+    assert "8.cu" not in out
+
+
+def test_info_without_a_cuda_compiler(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    assert json.loads(ok(capsys, "info", "--json"))["kernels"]["nvrtc"] is None
+    assert "pip install gna-flex[cuda]" in ok(capsys, "info").replace("\n", " ")
 
 
 def test_viz(capsys, tmp_path):

@@ -16,6 +16,8 @@ MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path
 
 # From the description of a mask up to the front door; everything else (reports, pictures, commands) is above it.
 ROOMS = [
+    "words",
+    "kernels",
     "torch_private",
     "literal",
     "intervals",
@@ -27,16 +29,20 @@ ROOMS = [
     "routing",
     "flex",
     "mask",
+    "flex_backward",
     "ops",
     "attention",
 ]
-OPTIONAL = ("matplotlib", "skimage", "triton", "natten", "rich", "torch._inductor")
+OPTIONAL = ("matplotlib", "skimage", "triton", "natten", "cuda", "rich", "torch._inductor")
+HEAVY = ("matplotlib", "skimage", "triton", "natten", "cuda.", "gna_flex.cuda", "gna_flex.cli")
 
 IMPORT = f"""
 import sys
-import gna_flex
 import torch
-heavy = [name for name in {OPTIONAL[:4]!r} if name in sys.modules]
+of_torch = set(sys.modules)  # newer versions import cuda.bindings themselves
+import gna_flex
+added = set(sys.modules) - of_torch
+heavy = [name for name in added if name.startswith({HEAVY!r})]
 assert not heavy, heavy
 assert not torch.cuda.is_initialized()
 """

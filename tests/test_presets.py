@@ -6,6 +6,7 @@ from gna_flex.presets import PRESETS, preset
 FLOP_SPEEDUPS = {
     "hunyuan-video": 11.11,
     "hunyuan-video-sliding": 11.11,
+    "hunyuan-video-text": 10.63,
     "hunyuan-video-129f": 10.97,
     "flux-4k": 10.24,
     "cosmos": 2.29,
@@ -15,6 +16,8 @@ FLOP_SPEEDUPS = {
     "cosmos-predict2-77": 4.4,
     "cosmos-predict2-55": 2.24,
     "lm-32k": 16.52,
+    "lm-32k-strided": 16.0,
+    "dense-32k": 1.0,
     "ltx-2.5-decoder-5": 2234.18,
 }
 
@@ -34,7 +37,10 @@ def test_cosmos_predict2_layers_are_named_by_what_they_skip(share):
 def test_published_parameters():
     assert preset("hunyuan-video").gna == GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))
     assert preset("hunyuan-video-129f").gna.tokens == 33 * 45 * 80 + 256
+    assert preset("hunyuan-video-text").gna == GNA((30, 48, 80), (18, 24, 24), (16, 8, 8), text_last=256)
     assert preset("flux-4k-text").gna == GNA((256, 256), 80, 16, text_first=512)
+    assert preset("flux-4k-sliding-text").gna == GNA((256, 256), 80, text_first=512)
+    assert preset("lm-32k-strided").gna == GNA(32768, 2048, 256)
     assert preset("cosmos").gna == GNA((16, 44, 80), (16, 32, 48), (1, 16, 16))
     assert preset("ltx-2.5-decoder-5-1080p").gna.tokens == 15_797_760
     assert preset("dinov2-518").gna.tokens == 5 + 37 * 37

@@ -10,8 +10,10 @@ import torch
 
 import gna_flex
 from gna_flex import GNA, backend, explain, flex_attention, gna_mask, routing
+from gna_flex.flex import foreign_to_kernels
 from gna_flex.routing import (
     CPU_FLEX_PAIRS,
+    KERNEL_DTYPES,
     REFERENCE_PAIRS,
     ROUTES,
     Facts,
@@ -31,14 +33,25 @@ GPU = Facts(
     compiling=False,
     has_tiles=True,
     tiles_pay=True,
+    capability=(8, 0),
 )
-CPU = GPU._replace(device="cpu", pairs=CPU_FLEX_PAIRS, needs_grad=False, wants_stats=False)
+HOPPER = GPU._replace(capability=(9, 0), needs_grad=False)
+CPU = GPU._replace(device="cpu", capability=None, pairs=CPU_FLEX_PAIRS, needs_grad=False, wants_stats=False)
 
 TABLE = {
     # facts: (route, words of the reason against each route that is preferred to it)
+    "hopper": (HOPPER, "hopper", {}),
+    "hopper-compiling": (HOPPER._replace(compiling=True), "hopper", {}),
+    "hopper-no-tiles": (HOPPER._replace(has_tiles=False, tiles_pay=False), "hopper", {}),
+    "hopper-training": (HOPPER._replace(needs_grad=True), "hopper", {}),
+    "hopper-small-head": (
+        HOPPER._replace(head_dim=12),
+        "reference",
+        {"hopper": "multiples of 8 up to 256, not 12", "flex-tiles": "at least 16", "flex": "at least 16"},
+    ),
     "gpu": (GPU, "flex-tiles", {}),
     "gpu-compiling": (GPU._replace(compiling=True), "flex-tiles", {}),
-    "xpu": (GPU._replace(device="xpu"), "flex-tiles", {}),
+    "xpu": (GPU._replace(device="xpu", capability=None), "flex-tiles", {}),
     "gpu-tiles-do-not-pay": (GPU._replace(tiles_pay=False), "flex", {"flex-tiles": "predicted to be as fast"}),
     "gpu-no-tiles": (GPU._replace(has_tiles=False, tiles_pay=False), "flex", {"flex-tiles": "no tile order"}),
     "gpu-backend": (GPU._replace(backend="TRITON"), "flex", {"flex-tiles": "BACKEND=TRITON"}),
@@ -85,15 +98,16 @@ def test_route_and_reasons(facts, name, against):
     assert route.name == name
     assert route.reason
     assert [rejected for rejected, _ in route.rejected] == list(ROUTES[: ROUTES.index(name)])
+    elsewhere = "this GPU has 8.0" if facts.device == "cuda" else f"the tensors are on {facts.device}"
     for rejected, reason in route.rejected:
-        assert against[rejected] in reason
+        assert ({"hopper": elsewhere} | against)[rejected] in reason
     assert str(route).startswith(f"{name}: {route.reason}")
     assert all(f"not {rejected}: {reason}" in str(route) for rejected, reason in route.rejected)
 
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_forced_route_is_taken_where_it_can_be(name):
-    facts = CPU._replace(pairs=10, tiles_pay=False)
+    facts = HOPPER if name == "hopper" else CPU._replace(pairs=10, tiles_pay=False)
     with backend(name):
         assert choose_route(facts) == Route(name, "forced", ())
 
@@ -101,6 +115,8 @@ def test_forced_route_is_taken_where_it_can_be(name):
 @pytest.mark.parametrize(
     ("name", "facts", "words"),
     [
+        ("hopper", HOPPER._replace(needs_grad=True, head_dim=8), "head dim of at least 16"),
+        ("hopper", CPU, "needs an NVIDIA Hopper GPU, and the tensors are on cpu"),
         ("flex", CPU._replace(needs_grad=True), "no backward on the CPU"),
         ("flex", CPU._replace(wants_stats=True), "no statistics on the CPU"),
         ("flex-tiles", GPU._replace(has_tiles=False), "no tile order"),
@@ -145,7 +161,7 @@ def test_backend_restores_what_was_there():
 @pytest.mark.parametrize("name", ["triton", "", "FLEX"])
 def test_unknown_backend_is_refused(name):
     with (
-        pytest.raises(ValueError, match=f"{name!r} is not a route; routes are flex-tiles, flex, reference"),
+        pytest.raises(ValueError, match=f"{name!r} is not a route; routes are hopper, flex-tiles, flex, reference"),
         backend(name),
     ):
         pass
@@ -175,7 +191,82 @@ def test_explain_tells_what_a_call_would_do(options, words):
             explain(q, q, q, mask, **options)
     route = explain(q, q, q, mask)
     assert route.name == "reference"
-    assert [name for name, _ in route.rejected] == ["flex-tiles", "flex"]
+    assert [name for name, _ in route.rejected] == ["hopper", "flex-tiles", "flex"]
+
+
+AGAINST_HOPPER = {
+    # why the kernel for Hopper cannot take a call: (what is different, words)
+    "another-device": ({"device": "xpu", "capability": None}, "needs an NVIDIA Hopper GPU, and the tensors are on xpu"),
+    "newer": ({"capability": (10, 0)}, "compute capability 9.0, and this GPU has 10.0"),
+    "newest": ({"capability": (12, 1)}, "compute capability 9.0, and this GPU has 12.1"),
+    "amd": ({"capability": (9, 4)}, "compute capability 9.0, and this GPU has 9.4"),
+    "older": ({"capability": (8, 9)}, "compute capability 9.0, and this GPU has 8.9"),
+    "missing-package": ({"missing": "it needs cuda-bindings"}, "it needs cuda-bindings"),
+    "failed-before": ({"missing": "a kernel failed before: out of registers"}, "failed before: out of registers"),
+    "backend": ({"backend": "TRITON"}, "kernel_options ask for BACKEND=TRITON"),
+    "float32": ({"dtype": torch.float32}, "float16 and bfloat16, not in torch.float32"),
+    "float64": ({"dtype": torch.float64}, "float16 and bfloat16, not in torch.float64"),
+    "odd-head": ({"head_dim": 100}, "multiples of 8 up to 256, not 100"),
+    "large-head": ({"head_dim": 264}, "multiples of 8 up to 256, not 264"),
+    "foreign": ({"foreign": "it takes no score_mod"}, "it takes no score_mod"),
+    "training": ({"needs_grad": True, "head_dim": 8}, "which needs a head dim of at least 16"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), AGAINST_HOPPER.values(), ids=AGAINST_HOPPER)
+def test_obstacles_to_the_hopper_kernel(change, words):
+    facts = HOPPER._replace(**change)
+    route = choose_route(facts)
+    assert route.name != "hopper"
+    assert words in dict(route.rejected)["hopper"]
+    with backend("hopper"), pytest.raises(RuntimeError, match="cannot take this call") as caught:
+        choose_route(facts)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 32, 72, 128, 256])
+def test_what_the_hopper_kernel_takes(dtype, head_dim):
+    facts = HOPPER._replace(dtype=dtype, head_dim=head_dim)
+    assert choose_route(facts) == Route("hopper", "the CUDA kernel for Hopper, on the tokens as given", ())
+    assert choose_route(facts._replace(pairs=REFERENCE_PAIRS * 2, wants_stats=False)).name == "hopper"
+
+
+def doubled(score, b, h, q_idx, kv_idx):
+    return 2 * score
+
+
+GNA_8X8 = GNA((8, 8), 3)
+FOREIGN = {
+    # (GNA or GNAs, options of gna_mask, options of the call, words; none if the kernel knows all of it)
+    "plain": (GNA_8X8, {}, {}, ""),
+    "text": (GNA((8, 8), 3, text_first=5, text_last=2), {}, {}, ""),
+    "per-head": ([GNA_8X8, GNA((8, 8), 5)], {}, {}, ""),
+    "scale": (GNA_8X8, {}, {"scale": 0.0}, ""),
+    "negative-scale": (GNA_8X8, {}, {"scale": -0.5}, "no negative scale (-0.5)"),
+    "score-mod": (GNA_8X8, {}, {"score_mod": doubled}, "no score_mod"),
+    "maximum": (GNA_8X8, {}, {"wants_maximum": True}, "no maximum"),
+    "and-mask": (GNA_8X8, {"and_mask": lambda b, h, q, k: q >= k}, {}, "a further condition (and_mask)"),
+    "tile-order": (GNA_8X8, {"order": (4, 4)}, {}, "tokens in natural order, and the mask is for another one"),
+    "dilations": ([GNA_8X8, GNA((8, 8), 3, dilation=2)], {}, {}, "the heads differ in dilation"),
+    "value-head-dim": (GNA_8X8, {}, {"value": torch.zeros(1, 2, 64, 32)}, "not 32 and 64"),
+}
+
+
+@pytest.mark.parametrize(("gna", "options", "call", "words"), FOREIGN.values(), ids=FOREIGN)
+def test_what_kernels_know_nothing_of(gna, options, call, words):
+    mask = gna_mask(gna, device="cpu", **options)
+    query = torch.zeros(1, 2, 64, 64)
+    said = foreign_to_kernels(
+        query,
+        call.get("value", query),
+        mask,
+        call.get("score_mod"),
+        call.get("wants_maximum", False),
+        call.get("scale"),
+    )
+    assert words in said
+    assert bool(said) == bool(words)
 
 
 def run_with_backend(value: str) -> subprocess.CompletedProcess[str]:
@@ -206,7 +297,7 @@ def test_unprofitable_route_is_better_than_none():
     """BACKEND rules out the reference and tiles; compiling for a small call is slow but right."""
     route = choose_route(CPU._replace(pairs=10, backend="TRITON"))
     assert route.name == "flex"
-    assert [name for name, _ in route.rejected] == ["flex-tiles"]
+    assert [name for name, _ in route.rejected] == ["hopper", "flex-tiles"]
 
 
 def test_no_compiler_means_the_reference_on_a_cpu():

@@ -176,7 +176,7 @@ def test_trace_graph_traces_without_running():
 def test_operator_of_the_package_is_opaque_to_export():
     """The eager hand-over has a schema, so that torch's eager wrapper can trace it."""
     schema = torch.ops.gna_flex.eager_attention.default._schema
-    assert [argument.name for argument in schema.arguments] == ["query", "key", "value", "mask", "scale"]
+    assert [argument.name for argument in schema.arguments] == ["query", "key", "value", "mask", "scale", "maximum"]
     assert len(schema.returns) == 3
     assert not schema.is_mutable
 

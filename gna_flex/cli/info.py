@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -13,19 +14,30 @@ from rich.table import Table
 from rich.text import Text
 
 import gna_flex
+from gna_flex import kernels
 from gna_flex.cli.arguments import add_verb, output, print_json
+from gna_flex.cuda import jit
 from gna_flex.routing import ROUTES, Facts, cpp_compiler, obstacle_to
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gna_flex.cli.arguments import Subparsers
 
-ENVIRONMENT = {"GNA_FLEX_BACKEND": f"forces a route: {', '.join(ROUTES)}"}
+ENVIRONMENT = {
+    "GNA_FLEX_BACKEND": f"forces a route: {', '.join(ROUTES)}",
+    "GNA_FLEX_CACHE_DIR": "folder of compiled CUDA kernels",
+}
 EXTRAS = {
     "triton": "compiled FlexAttention on GPUs",
+    "cuda-bindings": "CUDA kernels: pip install gna-flex[cuda]",
     "matplotlib": "PNG pictures: pip install gna-flex[viz]",
     "scikit-image": "the demo's photograph: pip install gna-flex[demo]",
     "natten": "comparison with NATTEN: pip install gna-flex[oracle]",
 }
+
+SHOWN_KERNELS = 8
+"""Compiled kernels listed, the newest first."""
 
 
 def add_info(verbs: Subparsers) -> None:
@@ -53,13 +65,15 @@ def run_info(args: argparse.Namespace) -> None:
             cells = (Text(reason, "yellow") if reason else Text("yes", "bold green") for reason in why.values())
             table.add_row(route, *cells)
         console.print(table)
+    console.print("\n[bold]kernels[/]")
+    console.print(_kernel_table(facts["kernels"]))
     console.print("\n[bold]environment[/]")
     for name, entry in facts["environment"].items():
         console.print(f"{name}={entry['value'] or ''}  [dim]{entry['meaning']}[/]")
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices with their routes (an empty reason means yes), and environment variables."""
+    """Versions, devices with their routes (an empty reason means yes), kernels, and environment variables."""
     versions: dict[str, str | None] = {"gna-flex": gna_flex.__version__, "torch": torch.__version__}
     versions |= {"python": platform.python_version()}
     versions |= {name: _version(name) for name in EXTRAS} | {"C++ compiler": cpp_compiler()}
@@ -72,10 +86,61 @@ def info() -> dict[str, Any]:
     return {
         "versions": versions,
         "devices": [{"device": device, "name": name, "routes": _routes(device)} for device, name in devices],
+        "kernels": _kernels(),
         "environment": {
             name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in ENVIRONMENT.items()
         },
     }
+
+
+def _kernels() -> dict[str, Any]:
+    """Whether CUDA kernels can be compiled (an empty reason means yes), with what, and those compiled before."""
+    cached = [
+        {
+            "name": entry.name,
+            "arch": entry.arch,
+            "macros": _macros(entry.options),
+            "bytes": entry.size,
+            "age": entry.age,
+        }
+        for entry in jit.cached_kernels()
+    ]
+    return {"missing": kernels.missing(), "nvrtc": _nvrtc(), "cache": str(jit.cache_folder()), "cached": cached}
+
+
+def _macros(options: Sequence[str]) -> dict[str, str]:
+    """The macros among the options of a compiler.
+
+    >>> _macros(("-std=c++17", "-DHEAD_DIM=128"))
+    {'HEAD_DIM': '128'}
+    """
+    defined = (option[2:].partition("=") for option in options if option.startswith("-D"))
+    return {name: value for name, _, value in defined}
+
+
+def _nvrtc() -> str | None:
+    """Version of the CUDA compiler that kernels would be compiled with."""
+    try:
+        _, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except (ImportError, RuntimeError):  # a missing library is a RuntimeError
+        return None
+    return f"{major}.{minor}"
+
+
+def _kernel_table(facts: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    compiler = facts["nvrtc"] or Text(EXTRAS["cuda-bindings"], "yellow")
+    cached = facts["cached"]
+    size = sum(kernel["bytes"] for kernel in cached) / 2**20
+    table.add_row("NVRTC", compiler)
+    table.add_row("folder", facts["cache"])
+    table.add_row("compiled", f"{len(cached)} kernels, {size:.1f} MiB")
+    for kernel in cached[:SHOWN_KERNELS]:
+        macros = " ".join(f"{name}={value}" for name, value in kernel["macros"].items())
+        table.add_row("", Text(f"{kernel['name']} {kernel['arch']}: {macros}", "dim"))
+    if len(cached) > SHOWN_KERNELS:
+        table.add_row("", Text(f"and {len(cached) - SHOWN_KERNELS} older ones", "dim"))
+    return table
 
 
 def _version(package: str) -> str | None:
@@ -98,6 +163,8 @@ def _routes(device: str) -> dict[str, dict[str, str]]:
         has_tiles=True,
         tiles_pay=True,
         has_compiler=cpp_compiler() is not None,
+        capability=torch.cuda.get_device_capability(device) if device.startswith("cuda") else None,
+        missing=kernels.missing(),
     )
     uses = {"inference": call, "training": call._replace(needs_grad=True)}
     return {route: {use: obstacle_to(route, facts) for use, facts in uses.items()} for route in ROUTES}

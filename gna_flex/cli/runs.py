@@ -82,7 +82,7 @@ def add_bench(verbs: Subparsers) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures; results that disagree are exit code 1."""
-    from gna_flex import bench
+    from gna_flex import bench, compare
 
     if args.list_presets:
         print_presets(args.json)
@@ -102,7 +102,7 @@ def run_bench(args: argparse.Namespace) -> int:
             "dtype": getattr(torch, args.dtype),
             "backward": args.backward,
         }
-    measure = bench.bench_mask if args.what == "mask" else bench.bench_attention
+    measure = bench.bench_mask if args.what == "mask" else compare.bench_attention
     try:
         with working(f"measuring {args.what}, {gna.tokens:,} tokens"):
             timings = measure(gna, **options)

@@ -1,0 +1,384 @@
+// Attention forward for Hopper (sm_90a): boxes of queries against boxes of keys, straight from the tokens' own order.
+//
+// Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a key slot), QUERY_STAGES, KEY_STAGES, CONSUMERS
+// (warpgroups of 64 queries), CLUSTER (1, or 2 CTAs that share their key boxes: each loads half of the columns for both),
+// FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// "generated.cuh" has the two matrix multiplications for these sizes: mma_qk(s, q, k, accumulate) and mma_pv(o, p..., v).
+//
+// One CTA is a producer warpgroup, of which one thread works, and the consumer warpgroups. Each consumer owns a box of at
+// most 64 queries; all share the key boxes, which may start anywhere. The producer walks the key boxes of an item and sends
+// each with its coordinates and the kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of
+// their rows. Items are fetched from a counter, one ahead; clusters take every so many-th item.
+#define kKeys KEYS
+#include "hopper/softmax.cuh"
+#include "hopper/generated.cuh"
+
+constexpr int kHeadDim = HEAD_DIM, kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES, kConsumers = CONSUMERS, kCluster = CLUSTER;
+constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32, kChunks = kHeadDim / kColumns, kRowBytes = 2 * kColumns;
+constexpr int kRows = 64;  // queries of one warpgroup
+// Registers of a thread: at most 512 for the same thread of all warpgroups. The producer may spill, consumers must not;
+// 232 beat 224 by 1 to 2 % at head dim 128 and lost 5 % at 64.
+constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim >= 128 ? 232 : 224;
+constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 : 56;
+static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "head dims are multiples of 32 up to 256; pad others");
+static_assert(kCluster == 1 || kChunks % kCluster == 0, "each CTA of a cluster loads the same number of chunks");
+static_assert(kKeys % 16 == 0, "the second multiplication takes 16 keys at a time");
+
+// Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
+constexpr u32 kQueryChunk = kConsumers * kRows * kRowBytes, kKeyChunk = kKeys * kRowBytes;
+constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
+constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kValues = kKeysAt + kKeyStages * kKeyBytes,
+              kTable = kValues + kKeyStages * kKeyBytes, kWork = kTable + (kKeys + 5) * 16 * kMaskWords,
+              kBoxes = kWork + kQueryStages * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
+              kSharedBytes = kBarriers + 8 * (2 * kQueryStages + 4 * kKeyStages);
+static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
+
+// A stage of a ring of buffers, and the parity of its current phase.
+struct Stage {
+  int index;
+  u32 phase;
+  __device__ __forceinline__ void next(int stages) {
+    if (++index == stages) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes. In a cluster addresses have the CTA's rank above.
+__device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
+  if (kCluster > 1) address &= 0x3FFFF;
+  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kColumns == 64 ? 1ull : 2ull) << 62;
+}
+
+__device__ __forceinline__ void scores(float (&s)[kKeys / 2], u32 q, u32 k) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 16; i++) {
+    const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
+    mma_qk(s, operand(q + chunk * kQueryChunk + within, 16, 8 * kRowBytes),
+           operand(k + chunk * kKeyChunk + within, 16, 8 * kRowBytes), i != 0);
+  }
+}
+
+__device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (&p)[kKeys / 4], u32 v) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; i++)
+    mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], operand(v + i * 16 * kRowBytes, kKeyChunk, 8 * kRowBytes));
+}
+
+// The column of dimension 0 at which a head's dilation group starts.
+__device__ __forceinline__ int first_column(const Address& at, int head, const int (&group)[3]) {
+  int column = head * at.head_column;
+  if (DILATED) column += group[0] * at.group_column[0] + group[1] * at.group_column[1] + group[2] * at.group_column[2];
+  return column;
+}
+
+// One chunk after the other of a key box; in a cluster each CTA loads some of them for all.
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, u32 rank, int column, int c1, int c2, int c3, int c4) {
+#pragma unroll
+  for (int i = 0; i < kChunks; i++) {
+    if (kCluster == 1) tensor_load(to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
+    else if (i % kCluster == rank)
+      tensor_load_to((1 << kCluster) - 1, to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
+  }
+}
+
+#if CLUSTER > 1
+#define CLUSTER_SHAPE __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTER_SHAPE
+#endif
+extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(128 * (kConsumers + 1), 1)
+gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 base = shared_address(shared);
+  const u32 q_full = base + kBarriers, q_empty = q_full + 8 * kQueryStages, k_full = q_empty + 8 * kQueryStages,
+            k_empty = k_full + 8 * kKeyStages, v_full = k_empty + 8 * kKeyStages, v_empty = v_full + 8 * kKeyStages;
+  u32* table = (u32*)(shared + kTable);
+  Work* work = (Work*)(shared + kWork);
+  KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kQueryStages; i++) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, kConsumers);
+    for (int i = 0; i < kKeyStages; i++) {
+      barrier_init(k_full + 8 * i, 1), barrier_init(k_empty + 8 * i, 4 * kConsumers * kCluster);
+      barrier_init(v_full + 8 * i, 1), barrier_init(v_empty + 8 * i, 4 * kConsumers * kCluster);
+    }
+    barrier_init_done();
+  }
+  fill_mask_table(table, P.keys);
+  if (box_keys < kKeys) {  // rows that no box ever fills: a weight of zero must not meet a NaN there
+    for (u32 i = kKeysAt / 16 + threadIdx.x; i < kTable / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
+    fence_async();
+  }
+  __syncthreads();
+  const u32 rank = kCluster > 1 ? cluster_rank() : 0;
+  if (kCluster > 1) cluster_sync();
+
+  if (warpgroup == 0) {  // ---------------- producer
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    Stage K{0, 1}, V{0, 1}, Q{0, 1};
+    const u32 key_bytes = box_keys * kRowBytes * kChunks;
+    for (int w = blockIdx.x / kCluster, next;; w = next, Q.next(kQueryStages)) {
+      // Used only after this item's loads, which hides its latency.
+      next = kCluster > 1 ? w + gridDim.x / kCluster : atomicAdd(P.counters, 1) + gridDim.x;
+      if (w >= P.total) {
+        barrier_wait(q_empty + 8 * Q.index, Q.phase);
+        work[Q.index].boxes = 0;
+        barrier_arrive(q_full + 8 * Q.index);
+        break;
+      }
+      // The item, and where its tokens are.
+      const int head = w / P.items_per_head, b = head / P.heads, h = head % P.heads, key_head = h / P.queries_per_key_head;
+      const int gna = P.gna_of_head ? P.gna_of_head[h] : 0;
+      const Item& I = P.items[gna * P.items_per_head + w % P.items_per_head];
+      const int k_column = first_column(P.k, key_head, I.group), v_column = first_column(P.v, key_head, I.group);
+      const int k_place = key_head * P.k.head_place + b * P.k.batch_place, v_place = key_head * P.v.head_place + b * P.v.batch_place;
+      int text[2] = {0, 0}, boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
+      if (TEXT)
+        for (int i = 0; i < 2; i++) {
+          text[i] = P.text_valid ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
+          boxes += (text[i] + box_keys - 1) / box_keys;
+        }
+
+      // The key boxes of the grid in row-major order, then those of text.
+      int c0 = I.key[0], c1 = I.key[1], c2 = I.key[2], lengths = MAP_SETS > 1 ? I.lengths : 0, set = lengths;
+      const int k0 = c0, k1 = c1, k2 = c2, e0 = k0 + I.boxes[0] * P.keys[0], e1 = k1 + I.boxes[1] * P.keys[1], e2 = k2 + I.boxes[2] * P.keys[2];
+      const int f0 = k0 + I.full_begin[0] * P.keys[0], f1 = k1 + I.full_begin[1] * P.keys[1], f2 = k2 + I.full_begin[2] * P.keys[2];
+      const u32 g0 = I.full[0] * P.keys[0], g1 = I.full[1] * P.keys[1], g2 = I.full[2] * P.keys[2];
+      auto advance = [&] {
+        if (TEXT && set >= MAP_SETS) {
+          if ((c2 += box_keys) >= text[0] && set == MAP_SETS) set++, c2 = 0;
+          return;
+        }
+        if ((c2 += P.keys[2]) != e2) return;
+        c2 = k2;
+        if ((c1 += P.keys[1]) != e1) return;
+        c1 = k1;
+        if ((c0 += P.keys[0]) != e0) return;
+        if (TEXT) set = MAP_SETS + (text[0] == 0), c0 = c1 = c2 = 0;
+      };
+      auto load_keys = [&] {
+        barrier_wait(k_empty + 8 * K.index, K.phase);
+        const bool is_text = TEXT && set >= MAP_SETS;
+        if (is_text) {
+          const int count = min((set == MAP_SETS ? text[0] : text[1]) - c2, box_keys);
+          key_boxes[K.index] = KeyBox{{count, 0, 0}, count == kKeys ? kNoMask : kCountMask};
+        } else {
+          const bool full = (u32)(c0 - f0) < g0 && (u32)(c1 - f1) < g1 && (u32)(c2 - f2) < g2;
+          key_boxes[K.index] = KeyBox{{c0, c1, c2}, full ? kNoMask : kWindowMask};
+        }
+        barrier_expect(k_full + 8 * K.index, key_bytes);
+        const int column = is_text ? key_head * P.k.head_column : k_column;
+        load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[set], k_full + 8 * K.index, rank, column, c2, c1, c0, k_place);
+        K.next(kKeyStages);
+      };
+      load_keys();
+
+      // The queries.
+      barrier_wait(q_empty + 8 * Q.index, Q.phase);
+      const int q_set = TEXT && I.kind ? MAP_SETS + I.kind - 1 : lengths;
+      const int q_column = first_column(P.q, h, I.group), q_place = h * P.q.head_place + b * P.q.batch_place;
+      const int rows = TEXT && I.kind ? kRows : P.box[0] * P.box[1] * P.box[2];
+      int token = TEXT && I.kind ? P.text_token[I.kind - 1] : P.grid_token;
+      if (DILATED) token += I.group[0] * P.group_stride[0] + I.group[1] * P.group_stride[1] + I.group[2] * P.group_stride[2];
+      work[Q.index] = Work{boxes, head, {I.query[0], I.query[1], I.query[2]}, lengths, I.kind, I.masked, first_column(P.o, h, I.group), token, gna * P.window_rows};
+      barrier_expect(q_full + 8 * Q.index, kConsumers * rows * kRowBytes * kChunks);
+      for (int i = 0; i < kConsumers * kChunks; i++) {
+        const int g = i % kConsumers, chunk = i / kConsumers, place = rank * kConsumers + g;
+        const bool is_text = TEXT && I.kind;
+        tensor_load(base + kQueries + Q.index * kQueryBytes + chunk * kQueryChunk + g * kRows * kRowBytes, &maps.q[q_set], q_full + 8 * Q.index,
+                    q_column + chunk * kColumns, I.query[2] + place * (is_text ? kRows : P.beside[2]),
+                    I.query[1] + place * (is_text ? 0 : P.beside[1]), I.query[0] + place * (is_text ? 0 : P.beside[0]), q_place);
+      }
+
+      // Each box's values follow the next box's keys.
+#pragma unroll 1
+      for (int j = 1; j <= boxes; j++) {
+        const int v0 = c0, v1 = c1, v2 = c2, v_set = set;
+        if (j < boxes) {
+          advance();
+          load_keys();
+        }
+        barrier_wait(v_empty + 8 * V.index, V.phase);
+        barrier_expect(v_full + 8 * V.index, key_bytes);
+        const int column = TEXT && v_set >= MAP_SETS ? key_head * P.v.head_column : v_column;
+        load_box(base + kValues + V.index * kKeyBytes, &maps.v[v_set], v_full + 8 * V.index, rank, column, v2, v1, v0, v_place);
+        V.next(kKeyStages);
+      }
+    }
+    // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
+    if (kCluster > 1) cluster_sync();  // the peer may still signal this CTA's barriers
+    else if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
+    return;
+  }
+
+  // ---------------- consumers
+  take_registers<kConsumerRegisters>();
+  const int consumer = warpgroup - 1, place = rank * kConsumers + consumer, lane_class = lane % 4;
+  Stage K{0, 0}, V{0, 0}, Q{0, 0};
+  float o[kHeadDim / 2];
+  u32 p[kKeys / 4];
+  Rows rows;
+  Work W = {};
+  KeyBox box;
+  int2 window[2][3];
+
+  auto release = [&](u32 bar) {
+    if (kCluster == 1 && lane == 0) barrier_arrive(bar);
+    if (kCluster > 1 && lane < kCluster) barrier_arrive_at(bar, lane);
+  };
+  auto row_of = [&](int r) { return warp * 16 + lane / 4 + 8 * r; };
+  auto is_text = [&](const Work& w) { return TEXT && w.kind; };
+  // Coordinates of this thread's two rows in the box, 8 bits each; those of rows beyond it are some or other.
+  u32 in_box[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int i = row_of(r);
+    in_box[r] = i / (P.box[2] * P.box[1]) | i / P.box[2] % P.box[1] << 8 | i % P.box[2] << 16;
+  }
+  // Position of a thread's row r in dimension d.
+  auto position = [&](const Work& w, int r, int d) {
+    if (is_text(w)) return d == 2 ? w.query[2] + place * kRows + row_of(r) : 0;
+    return w.query[d] + place * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
+  };
+  auto rows_of = [&](int stage) { return base + kQueries + stage * kQueryBytes + consumer * kRows * kRowBytes; };
+
+  // Begins an item: no output yet, and the windows of this thread's rows.
+  auto begin = [&] {
+    rows = Rows{};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.f;
+    if (!W.masked) return;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+      for (int d = 0; d < 3; d++) {
+        const int length = P.length[W.lengths][d];
+        window[r][d] = is_text(W) ? make_int2(0, length)
+                                  : P.windows[W.windows + P.window_row[W.lengths][d] + min(position(W, r, d), length - 1)];
+      }
+  };
+  // Issues the scores of the next key box, and the last weights times the next values.
+  auto issue_scores = [&](float (&s)[kKeys / 2], u32 q_rows) {
+    barrier_wait(k_full + 8 * K.index, K.phase);
+    box = key_boxes[K.index];
+    keep(s), mma_fence();
+    scores(s, q_rows, base + kKeysAt + K.index * kKeyBytes);
+    mma_commit();
+  };
+  auto issue_values = [&] {
+    barrier_wait(v_full + 8 * V.index, V.phase);
+    keep(o), mma_fence();
+    add_values(o, p, base + kValues + V.index * kKeyBytes);
+    mma_commit();
+  };
+  auto keys_used = [&] { release(k_empty + 8 * K.index), K.next(kKeyStages); };
+  auto values_used = [&] { release(v_empty + 8 * V.index), V.next(kKeyStages); };
+  // Scores to weights; whether the output must be rescaled.
+  auto weigh = [&](float (&s)[kKeys / 2]) {
+    u32 mask[2][kMaskWords];
+    if (box.mask == kNoMask) return softmax<false>(s, rows, P.scale_log2, mask);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (TEXT && box.mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
+      else window_mask(mask[r], table, window[r], box, P.keys, lane_class);
+    }
+    return softmax<true>(s, rows, P.scale_log2, mask);
+  };
+  // Ends an item: sums, and the log-sum-exp.
+  auto write_lse = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
+      rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
+      rows.rescale[r] = reciprocal(rows.sum[r]);
+      bool exists = lane_class == 0;
+      int token = W.token;
+      if (is_text(W)) {
+        const int at = position(W, r, 2);
+        exists &= at < P.text_tokens[W.kind - 1];
+        token += at;
+      } else {
+        exists &= row_of(r) < P.box[0] * P.box[1] * P.box[2];
+#pragma unroll
+        for (int d = 0; d < 3; d++) {
+          const int at = position(W, r, d);
+          exists &= at < P.length[W.lengths][d];
+          token += at * P.token_stride[d];
+        }
+      }
+      const float lse = fmaf(rows.maximum[r], P.scale_log2, __log2f(rows.sum[r])) * 0.69314718f;
+      if (exists) P.lse[(long long)W.head * P.tokens + token] = lse;
+    }
+  };
+  // The output, through this warpgroup's rows of the query slot, stored as one box.
+  auto write_output = [&] {
+    const u32 q_rows = rows_of(Q.index);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; i++) {
+      const int x = 8 * i, row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
+      const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+      const float a = rows.rescale[0], b = rows.rescale[1];
+      store_matrices(q_rows + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16, pack(o[x] * a, o[x + 1] * a),
+                     pack(o[x + 2] * b, o[x + 3] * b), pack(o[x + 4] * a, o[x + 5] * a), pack(o[x + 6] * b, o[x + 7] * b));
+    }
+    fence_async();
+    named_barrier(1 + consumer, 128);
+    if (threadIdx.x % 128 == 0) {
+      const int b = W.head / P.heads, h = W.head % P.heads, set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
+      const int step0 = is_text(W) ? 0 : P.beside[0], step1 = is_text(W) ? 0 : P.beside[1], step2 = is_text(W) ? kRows : P.beside[2];
+      for (int i = 0; i < kChunks; i++)
+        tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + place * step2,
+                     W.query[1] + place * step1, W.query[0] + place * step0, h * P.o.head_place + b * P.o.batch_place);
+      stores_read();
+      barrier_arrive(q_empty + 8 * Q.index);
+    }
+  };
+
+  for (;; Q.next(kQueryStages)) {
+    barrier_wait(q_full + 8 * Q.index, Q.phase);
+    W = work[Q.index];
+    if (W.boxes == 0) break;
+    const u32 q_rows = rows_of(Q.index);
+    begin();
+    // First key box, nothing else in flight.
+    {
+      float s[kKeys / 2];
+      issue_scores(s, q_rows);
+      mma_wait<0>(), keep(s);
+      keys_used();
+      weigh(s);
+      to_operand(s, p);
+    }
+    // Scores of the next box are computed before the weights of the last one meet its values.
+#pragma unroll 1
+    for (int j = 1; j < W.boxes; j++) {
+      float s[kKeys / 2];
+      issue_scores(s, q_rows);
+      issue_values();
+      mma_wait<1>(), keep(s);
+      keys_used();
+      const bool raised = weigh(s);
+      mma_wait<0>(), keep(o);
+      values_used();
+      if (__any_sync(~0u, raised))
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; i++) o[i] *= rows.rescale[i >> 1 & 1];
+      to_operand(s, p);
+    }
+    issue_values();
+    write_lse();
+    mma_wait<0>(), keep(o);
+    values_used();
+    write_output();
+  }
+  if (threadIdx.x % 128 == 0) stores_done();
+  if (kCluster > 1) {
+    __syncwarp();
+    cluster_sync();
+  }
+}

@@ -1,0 +1,66 @@
+// What the host tells the kernel. The same structures are in gna_flex/cuda/launch.py and tables.py.
+#pragma once
+#include "hopper/ptx.cuh"
+
+// One query tile. Positions are those inside of its dilation group; dimensions are (T, H, W), missing ones of length 1.
+struct Item {
+  int query[3];       // first query of warpgroup 0; the next warpgroups' boxes lie beside it
+  int key[3];         // where key boxes start
+  int boxes[3];       // key boxes per dimension
+  int full_begin[3];  // the boxes [full_begin, full_begin + full) need no mask
+  int full[3];
+  int group[3];       // dilation group
+  int lengths;        // which row of Params::length and of the tensor maps: lengths of dilation groups differ by one
+  int kind;           // 0: grid, 1: text before it, 2: text after it
+  int masked;         // whether any key box of the grid needs the mask
+  int unused[3];
+};
+
+// What consumers need of an item, in shared memory.
+struct alignas(16) Work {
+  int boxes;     // key boxes, those of text included; 0 ends the kernel
+  int head;      // batch * heads + head
+  int query[3];
+  int lengths;
+  int kind;
+  int masked;
+  int column;    // where the query's columns start in dimension 0 of the output's map
+  int token;     // index of the token at position 0 of the dilation group
+  int windows;   // first row of the head's windows
+  int unused;
+};
+
+enum { kNoMask = 0, kWindowMask = 1, kCountMask = 2 };
+
+// A key box, in shared memory beside its keys.
+struct alignas(16) KeyBox {
+  int begin[3];  // coordinates; for kCountMask begin[0] is the number of keys that count
+  int mask;
+};
+
+// How tensor maps reach a head: the column of dimension 0, and the coordinate of dimension 4.
+struct Address {
+  int head_column, head_place, batch_place;
+  int group_column[3];  // columns from one dilation group to the next
+};
+
+struct Params {
+  const Item* items;
+  const int2* windows;      // [lo, hi) per dimension and position
+  int* counters;            // next item, finished CTAs; both are 0 before and after
+  float* lse;               // [batch, heads, tokens], natural logarithm
+  const int* text_valid;    // [batch, 2] text tokens that count, or null: all
+  const int* gna_of_head;   // [heads], or null: one for all
+  float scale_log2;
+  int items_per_head, total, heads, queries_per_key_head, window_rows, tokens;
+  int box[3], beside[3], keys[3];
+  int length[MAP_SETS][3], window_row[MAP_SETS][3];
+  int token_stride[3], group_stride[3];  // tokens from one position, one dilation group to the next
+  int grid_token, text_tokens[2], text_token[2];
+  Address q, k, v, o;
+};
+
+// One set of maps for each combination of dilation group lengths; text before and after the grid comes last.
+struct Maps {
+  TensorMap q[MAP_SETS + 2 * TEXT], k[MAP_SETS + 2 * TEXT], v[MAP_SETS + 2 * TEXT], o[MAP_SETS + 2 * TEXT];
+};

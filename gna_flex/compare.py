@@ -1,0 +1,250 @@
+"""Attention measured: every route that can take a call, dense attention and NATTEN, in turns, in one run.
+
+Results are checked before anything is timed. Times are medians.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gna_flex.bench import Timing
+from gna_flex.flex import eager_attention, route_of
+from gna_flex.mask import GNABlockMask, gna_mask
+from gna_flex.neighborhood import GNA
+from gna_flex.reference import reference_attention
+from gna_flex.routing import ROUTES, backend
+from gna_flex.words import by_x
+
+DENSE_FLOPS = 2e16
+"""Dense attention with more arithmetic than this, half a minute on an H200, is not run."""
+WARM_UP = 2
+TUNING_REPEATS = 3
+
+
+class Contender(NamedTuple):
+    """One way to compute attention.
+
+    ``run`` returns the output, and ``to_natural`` brings that to ``[B, H, S, D]``; ``inputs`` are what a backward
+    reaches. ``note`` says how it is done; without a ``run`` it says why it cannot be done.
+    """
+
+    name: str
+    run: Callable[[], Tensor] | None = None
+    inputs: tuple[Tensor, ...] = ()
+    note: str = ""
+    tiles: str = ""
+    to_natural: Callable[[Tensor], Tensor] = lambda out: out
+
+
+def bench_attention(
+    gna: GNA,
+    *,
+    heads: int = 24,
+    head_dim: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    backward: bool = False,
+    repeats: int = 20,
+) -> list[Timing]:
+    """Every way to compute attention under one GNA, and dense attention without a mask; the first is the baseline.
+
+    Raises:
+        AssertionError: if a result differs from the reference.
+        ValueError: if a backward is asked for on a CPU, where FlexAttention has none.
+    """
+    if backward and torch.device(device).type == "cpu":
+        raise ValueError("backward=True, but FlexAttention has no backward on the CPU: measure it on a GPU")
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, heads, gna.tokens, head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(3))
+    mask = gna_mask(gna, device=device)
+    all_ = [dense(q, k, v), *(routed(name, q, k, v, mask, backward) for name in ROUTES if name != "reference")]
+    all_.append(natten(q, k, v, gna, backward))
+    for way in all_:
+        if way.run is not None and way.name != "dense":
+            check_rows(way.name, way.to_natural(way.run()), q, k, v, mask)
+    # Tile shapes of a kernel are known once it ran.
+    tiles = {way.name: way.tiles or tiles_of(way.name, q, mask) for way in all_ if way.run is not None}
+    for x in (x for way in all_ for x in way.inputs if backward):
+        x.requires_grad_()
+    times = in_turns(all_, backward, device, repeats)
+    return [
+        Timing(way.name, times[way.name], math.nan, way.note, tiles[way.name])
+        if way.run is not None
+        else Timing(way.name, math.nan, math.nan, f"not run, {way.note}")
+        for way in all_
+    ]
+
+
+def in_turns(ways: list[Contender], backward: bool, device: str, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each; every other round goes backwards, so that none always follows the same one."""
+    running = [(way.name, way.run, way.inputs) for way in ways if way.run is not None]
+    times: dict[str, list[float]] = {name: [] for name, _, _ in running}
+    for turn in range(WARM_UP + repeats):
+        for name, run, inputs in running if turn % 2 == 0 else reversed(running):
+            times[name].append(time_one(run, inputs, backward, device))
+    return {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Contender:
+    """Dense attention by torch, without a mask: by cuDNN where that can."""
+    flops = 4.0 * q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
+    if flops > DENSE_FLOPS:
+        return Contender("dense", note=f"it would take {flops:.0e} operations")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if not _cudnn_can(q):
+        return Contender("dense", lambda: attend(q, k, v), (q, k, v), "the backend that torch chooses")
+
+    def run() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v)
+
+    return Contender("dense", run, (q, k, v), "cuDNN")
+
+
+def _cudnn_can(q: Tensor) -> bool:
+    """Whether cuDNN takes tensors like this one, tried on a small part."""
+    if q.device.type != "cuda":
+        return False
+    part = q[:1, :1, :256].contiguous()
+    with contextlib.suppress(RuntimeError), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        torch.nn.functional.scaled_dot_product_attention(part, part, part)
+        return True
+    return False
+
+
+def routed(route: str, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, backward: bool) -> Contender:
+    """One route of this package."""
+    try:
+        with backend(route):
+            route_of(q, k, mask, needs_grad=backward, value=v)
+    except RuntimeError as error:
+        return Contender(route, note=str(error).splitlines()[-1].partition(": ")[2])
+    return Contender(route, lambda: _routed(route, q, k, v, mask), (q, k, v))
+
+
+def _routed(route: str, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask) -> Tensor:
+    with backend(route):
+        return eager_attention(q, k, v, mask)[0]
+
+
+def tiles_of(name: str, q: Tensor, mask: GNABlockMask) -> str:
+    """Shapes of query and key tiles that a route computes with; empty where they are unknown."""
+    if name == "flex":
+        return f"{mask.plan.q_block} | {mask.plan.kv_block}"
+    if name == "flex-tiles":
+        order = mask.tiles.order
+        return f"{by_x(order.tile)} | {by_x(order.tile)}"
+    return _kernel_tiles(q, mask) if name == "hopper" else ""
+
+
+def _kernel_tiles(q: Tensor, mask: GNABlockMask) -> str:
+    from gna_flex.cuda import forward
+
+    request = forward.Request(mask.plan.gnas, q.shape[-1], q.dtype == torch.float16, q.device.index)
+    plan = forward.plan(request)
+    spare = 3 - mask.plan.gnas[0].ndim
+    return f"{by_x(plan.tiles.q_tile[spare:])} | {by_x(plan.tiles.kv_tile[spare:])}"
+
+
+def natten(q: Tensor, k: Tensor, v: Tensor, gna: GNA, backward: bool) -> Contender:
+    """NATTEN's kernels for Hopper, on tensors in its own layout; in a forward with the fastest of its tile shapes."""
+    obstacle = _natten_obstacle(gna, q)
+    if obstacle:
+        return Contender("natten", note=obstacle)
+    inputs = tuple(x.transpose(1, 2).unflatten(1, gna.layout).contiguous() for x in (q, k, v))
+    module: Any = importlib.import_module("natten")
+    attend = functools.partial(
+        getattr(module, f"na{gna.ndim}d"),
+        *inputs,
+        kernel_size=gna.window,
+        stride=gna.stride,
+        dilation=gna.dilation,
+        is_causal=gna.causal,
+        backend="hopper-fna",
+    )
+    choices = importlib.import_module("natten.backends").get_configs_for_cutlass_hopper_fna(*inputs)
+    timed = [] if backward else [(_natten_time(attend, choice, q.device), choice) for choice in choices]
+    best = min(timed, key=lambda entry: entry[0], default=(math.inf, None))
+    if not choices or (timed and best[0] == math.inf):
+        return Contender("natten", note="NATTEN's kernels for Hopper do not take this call")
+    tiles = "" if best[1] is None else " | ".join(by_x(shape) for shape in best[1][0])
+    note = f"NATTEN {module.__version__}, " + ("its own tiles" if backward else f"the best of {len(choices)} tiles")
+    return Contender("natten", _natten_run(attend, best[1]), inputs, note, tiles, _from_natten)
+
+
+def _natten_obstacle(gna: GNA, q: Tensor) -> str:
+    """Why NATTEN is not measured; empty if it can be."""
+    if importlib.util.find_spec("natten") is None:
+        return "NATTEN is not installed"
+    if q.device.type != "cuda" or not importlib.import_module("natten").HAS_LIBNATTEN:
+        return "NATTEN's kernels are for CUDA, and need a build with them"
+    if gna.text_first or gna.text_last:
+        return "NATTEN has text tokens in another form"
+    return "NATTEN takes windows of at least 2" if min(gna.window) < 2 else ""
+
+
+def _natten_run(attend: Callable[..., Tensor], choice: Any) -> Callable[[], Tensor]:
+    """The call with ``((query tile, key tile), schedule)``, or as NATTEN has it."""
+    if choice is None:
+        return attend
+    (q_tile, kv_tile), schedule = choice
+    return functools.partial(attend, q_tile_shape=q_tile, kv_tile_shape=kv_tile, kernel_schedule=schedule)
+
+
+def _from_natten(out: Tensor) -> Tensor:
+    """``[B, H, S, D]`` of ``[B, *layout, H, D]``."""
+    return out.flatten(1, -3).transpose(1, 2)
+
+
+def _natten_time(attend: Callable[..., Tensor], choice: Any, device: torch.device) -> float:
+    """Milliseconds with a choice of tiles; infinite if NATTEN refuses it."""
+    run = _natten_run(attend, choice)
+    try:
+        return min(time_one(run, (), False, str(device)) for _ in range(TUNING_REPEATS))
+    except (ValueError, RuntimeError):
+        return math.inf
+
+
+def time_one(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str) -> float:
+    """Milliseconds of one forward, or of one backward."""
+    out = run() if backward else None
+    grad = torch.randn_like(out) if out is not None else None
+    if torch.device(device).type != "cuda":
+        begin = time.perf_counter()
+        torch.autograd.grad(out, inputs, grad) if out is not None else run()
+        return (time.perf_counter() - begin) * 1e3
+    torch.cuda.synchronize()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.autograd.grad(out, inputs, grad) if out is not None else run()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop))
+
+
+def check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:
+    """Compares random queries of the first and the last head with the reference in float64.
+
+    The budget is what rounding to the type may lose.
+    """
+    picked = torch.randint(q.shape[2], (rows,), device=q.device)
+    for one in {(0, 0), (q.shape[0] - 1, q.shape[1] - 1)}:
+        query, key, value = (x[one][None, None].double() for x in (q[:, :, picked], k, v))
+        exact = reference_attention(query, key, value, lambda b, h, i, j: mask.mask_mod(b, h, picked[i], j))[0]
+        error = (out[one][picked].double() - exact[0, 0]).abs().max().item()
+        budget = 4 * torch.finfo(q.dtype).eps * v.abs().max().item()
+        if not error <= budget:
+            raise AssertionError(f"{name}: error {error:.2e} against the reference, budget {budget:.2e}")

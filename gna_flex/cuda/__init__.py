@@ -1,0 +1,1 @@
+"""Hand-written CUDA kernels and the tables that drive them."""

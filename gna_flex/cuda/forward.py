@@ -1,0 +1,291 @@
+"""Runs the Hopper forward kernel: plans for masks and sizes, tensor maps for tensors, the launch.
+
+Shapes: ``q`` is ``[B, H, S, D]``, ``k`` and ``v`` are ``[B, Hkv, S, D]``, any strides that tensor maps can express.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gna_flex.cuda import driver, jit
+from gna_flex.cuda.kernel import HEAD_DIMS, Config
+from gna_flex.cuda.shapes import choose
+from gna_flex.cuda.tables import LENGTHS, PLAIN, KernelTiles, class_lengths, padded_dims, window_table, work_records
+from gna_flex.neighborhood import GNA
+
+Int3 = ctypes.c_int * 3
+REMEMBERED_CALLS = 256
+"""Calls (tensors at the same addresses) whose maps a plan keeps."""
+LOG2_E = math.log2(math.e)
+SMALLEST_SCALE = 2e-38
+"""Stands for a scale of 0, which would turn masked scores of minus infinity into NaN; all weights are still equal."""
+
+
+class Address(ctypes.Structure):
+    """``Address`` of ``csrc/hopper/records.cuh``."""
+
+    _fields_ = (
+        ("head_column", ctypes.c_int),
+        ("head_place", ctypes.c_int),
+        ("batch_place", ctypes.c_int),
+        ("group_column", Int3),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def parameters(map_sets: int) -> type[ctypes.Structure]:
+    """``Params`` of ``csrc/hopper/records.cuh``."""
+
+    class Params(ctypes.Structure):
+        _fields_ = (
+            *((name, ctypes.c_void_p) for name in ("items", "windows", "counters", "lse", "text_valid", "gna_of_head")),
+            ("scale_log2", ctypes.c_float),
+            *((name, ctypes.c_int) for name in ("items_per_head", "total", "heads", "queries_per_key_head")),
+            *((name, ctypes.c_int) for name in ("window_rows", "tokens")),
+            *((name, Int3) for name in ("box", "beside", "keys")),
+            ("length", Int3 * map_sets),
+            ("window_row", Int3 * map_sets),
+            ("token_stride", Int3),
+            ("group_stride", Int3),
+            ("grid_token", ctypes.c_int),
+            ("text_tokens", ctypes.c_int * 2),
+            ("text_token", ctypes.c_int * 2),
+            *((name, Address) for name in "qkvo"),
+        )
+
+    return Params
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is made for. ``gnas`` is one GNA, or one per query head (same layout, dilation and text)."""
+
+    gnas: tuple[GNA, ...]
+    head_dim: int
+    float16: bool
+    device: int
+    tiles: KernelTiles | None = None
+    config: Config | None = None
+
+
+class Plan:
+    """Everything about a launch but the tensors: kernel, tables on the device, constant parameters."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        gnas = list(dict.fromkeys(request.gnas))
+        self.gna = gna = gnas[0]
+        lengths = class_lengths(gna)
+        # Without dilation, grid queries and text queries share the maps of the grid.
+        classes = [c for c in range(PLAIN + 1) if lengths[c, 0] >= 0]
+        if math.prod(gna.dilation) == 1:
+            classes = classes[:1]
+        self.lengths = [tuple(int(n) for n in lengths[c]) for c in classes]
+        self.plain = [c == PLAIN for c in classes]
+        self.text = (gna.text_first, gna.text_last)
+        self.config, self.tiles = self._shapes(tuple(gnas), len(classes))
+        code = jit.compile(
+            (jit.source_folder() / "hopper" / "forward.cu").read_text(),
+            arch="sm_90a",
+            defines=self.config.defines(),
+            name="hopper_forward.cu",
+            include=jit.headers() | {"hopper/generated.cuh": self.config.generated_header()},
+        )
+        self.log = code.log
+        self.kernel = driver.Kernel(code.code, "gna_forward", self.config.shared_bytes)
+        self.threads = 128 * (self.config.consumers + 1)
+        device = torch.device("cuda", request.device)
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._tables(gnas, classes, device)
+        self._calls: OrderedDict[tuple[object, ...], driver.Arguments] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _shapes(self, gnas: tuple[GNA, ...], map_sets: int) -> tuple[Config, KernelTiles]:
+        request = self.request
+        config = default_config(request.head_dim) if request.config is None else request.config
+        dilated = math.prod(self.gna.dilation) > 1
+        config = replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=any(self.text))
+        tiles = request.tiles or choose(gnas, config.keys, config.consumers * config.cluster)
+        return config, tiles
+
+    def _tables(self, gnas: list[GNA], classes: list[int], device: torch.device) -> None:
+        """Work records, windows and the constant part of the parameters."""
+        records = [work_records(gna, self.tiles) for gna in gnas]
+        place = np.zeros(PLAIN + 1, np.int32)
+        place[classes] = range(len(classes))
+        for table in records:
+            table[:, LENGTHS] = place[table[:, LENGTHS]]
+        windows = [window_table(gna) for gna in gnas]
+        self.items = torch.from_numpy(np.concatenate(records)).to(device)
+        self.windows = torch.from_numpy(np.concatenate([rows for rows, _ in windows])).to(device)
+        of_head = [gnas.index(gna) for gna in self.request.gnas]
+        self.gna_of_head = torch.tensor(of_head, dtype=torch.int32, device=device) if len(gnas) > 1 else None
+        dims = padded_dims(self.gna)
+        token_strides = [math.prod(dim[0] for dim in dims[axis + 1 :]) for axis in range(3)]
+        params = parameters(len(classes))()
+        params.items, params.windows = self.items.data_ptr(), self.windows.data_ptr()
+        params.gna_of_head = self.gna_of_head.data_ptr() if self.gna_of_head is not None else None
+        params.items_per_head, params.window_rows = len(records[0]), len(windows[0][0])
+        params.tokens = self.gna.tokens
+        tiles = self.tiles
+        params.box, params.keys = Int3(*tiles.box), Int3(*tiles.kv_tile)
+        params.beside = Int3(*(tiles.box[axis] if axis == tiles.split else 0 for axis in range(3)))
+        for row, c in enumerate(classes):
+            params.length[row] = Int3(*self.lengths[row])
+            params.window_row[row] = Int3(*(int(x) for x in windows[0][1][c]))
+        params.token_stride = Int3(*(dim[3] * n for dim, n in zip(dims, token_strides, strict=True)))
+        params.group_stride = Int3(*token_strides)
+        params.grid_token = self.gna.text_first
+        params.text_tokens = (ctypes.c_int * 2)(*self.text)
+        params.text_token = (ctypes.c_int * 2)(0, self.gna.text_first + self.gna.grid_tokens)
+        self.params, self.token_strides = params, token_strides
+
+    def run(
+        self, query: Tensor, k: Tensor, v: Tensor, scale: float, text_valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output ``[B, H, S, D]`` (strides of ``q``) and log-sum-exp ``[B, H, S]``, on the current stream."""
+        q, head_dim = query, query.shape[-1]
+        exact = head_dim == self.config.head_dim
+        if not (exact or self._fills_with_zeros(q, k, v)):
+            q, k, v = (torch.nn.functional.pad(x, (0, self.config.head_dim - head_dim)) for x in (q, k, v))
+        q, k, v = (x if can_map(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        result = torch.empty_like(query)
+        out = (
+            result
+            if result.shape == q.shape and can_map(result)
+            else torch.empty_like(q, memory_format=torch.contiguous_format)
+        )
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        counters = _counters(self.request.device, stream)
+        tensors = (q, k, v, out)
+        key = (
+            *((x.data_ptr(), x.shape, x.stride()) for x in tensors),
+            lse.data_ptr(),
+            scale,
+            stream,
+            text_valid.data_ptr() if text_valid is not None else 0,
+        )
+        with self._lock:
+            arguments = self._calls.get(key)
+            if arguments is None:
+                arguments = self._calls[key] = self._arguments(tensors, lse, scale, counters, text_valid)
+                if len(self._calls) > REMEMBERED_CALLS:
+                    self._calls.popitem(last=False)
+        cluster = self.config.cluster
+        grid = min(self.processors // cluster, self.params.items_per_head * q.shape[0] * q.shape[1]) * cluster
+        shape = ((grid, 1, 1), (self.threads, 1, 1), self.config.shared_bytes)
+        driver.launch(self.kernel, *shape, stream, arguments, self.request.device)
+        return (result if out is result else result.copy_(out[..., :head_dim])), lse
+
+    def _fills_with_zeros(self, *tensors: Tensor) -> bool:
+        """Whether loads beyond the head dim give zeros: dimension 0 holds one head of one dilation group only."""
+        return math.prod(self.gna.dilation) == 1 and all(is_dense(x) or not can_map(x) for x in tensors)
+
+    def _arguments(
+        self, tensors: Sequence[Tensor], lse: Tensor, scale: float, counters: Tensor, text_valid: Tensor | None
+    ) -> driver.Arguments:
+        q, k, _, _ = tensors
+        sets = self.config.map_sets + 2 * self.config.text
+        maps = driver.TensorMaps(4 * sets)
+        params = type(self.params).from_buffer_copy(self.params)
+        for operand, (name, x) in enumerate(zip("qkvo", tensors, strict=True)):
+            setattr(params, name, self._encode(maps, operand * sets, x, is_keys=name in "kv"))
+        params.counters, params.lse = counters.data_ptr(), lse.data_ptr()
+        params.text_valid = text_valid.data_ptr() if text_valid is not None else None
+        params.scale_log2 = (scale if scale else SMALLEST_SCALE) * LOG2_E
+        params.total = params.items_per_head * q.shape[0] * q.shape[1]
+        params.heads, params.queries_per_key_head = q.shape[1], q.shape[1] // k.shape[1]
+        return driver.Arguments(maps, params)
+
+    def _encode(self, maps: driver.TensorMaps, first: int, x: Tensor, is_keys: bool) -> Address:
+        """Maps of one operand, and how they reach heads and dilation groups."""
+        batch, heads, _, head_dim = x.shape
+        batch_stride, head_stride, token, _ = x.stride()
+        places = is_dense(x)
+        outer = batch * heads if places else batch
+        outer_stride = head_stride if places else batch_stride
+        groups = [token * n for n in self.token_strides]
+        dilation = [dim[3] for dim in padded_dims(self.gna)]
+        columns = head_dim + (0 if places else (heads - 1) * head_stride)
+        columns += sum((d - 1) * group for d, group in zip(dilation, groups, strict=True))
+        tiles, chunk = self.tiles, self.config.columns
+        box = tiles.kv_tile if is_keys else tiles.box
+
+        def encode(
+            index: int, start: int, sizes: Sequence[int], steps: Sequence[int], box: Sequence[int], wide: int
+        ) -> None:
+            driver.encode_tiled(
+                maps[first + index],
+                x.data_ptr() + 2 * start * token,
+                (wide, sizes[2], sizes[1], sizes[0], outer),
+                [2 * step for step in (steps[2], steps[1], steps[0], outer_stride)],
+                (chunk, box[2], box[1], box[0], 1),
+                dtype="float16" if self.config.float16 else "bfloat16",
+                swizzle=2 * chunk,
+            )
+
+        for index, (lengths, plain) in enumerate(zip(self.lengths, self.plain, strict=True)):
+            steps = [group * (1 if plain else d) for group, d in zip(groups, dilation, strict=True)]
+            encode(index, self.text[0], lengths, steps, box, columns)
+        for after, count in enumerate(self.text):
+            if count:
+                start = 0 if after == 0 else self.text[0] + self.gna.grid_tokens
+                text_box = (1, 1, math.prod(tiles.kv_tile) if is_keys else 64)
+                wide = head_dim + (0 if places else (heads - 1) * head_stride)
+                line = [groups[0], groups[1], token]
+                encode(self.config.map_sets + after, start, (1, 1, count), line, text_box, wide)
+        head_column, head_place, batch_place = (0, 1, heads) if places else (head_stride, 0, 1)
+        return Address(head_column, head_place, batch_place, Int3(*groups))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, gnas: tuple[GNA, ...], scale: float) -> tuple[Tensor, Tensor]:
+    """Output in the strides of ``q``, and log-sum-exp ``[B, H, S]`` (natural logarithm)."""
+    request = Request(gnas, q.shape[-1], q.dtype == torch.float16, q.device.index)
+    return plan(request).run(q, k, v, scale)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether batch and heads of ``[B, H, S, D]`` are one dimension: one stride leads from each head to the next."""
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def can_map(x: Tensor) -> bool:
+    """Whether tensor maps reach every head of ``x`` without a copy."""
+    *outer, column = x.stride()
+    if column != 1 or x.data_ptr() % 16 or any(stride % 8 or stride <= 0 for stride in outer):
+        return False
+    # Else heads lie side by side in dimension 0, whose coordinates are 32 bits.
+    return is_dense(x) or (x.shape[-1] % 64 == 0 and x.shape[1] * x.stride(1) < 1 << 31)
+
+
+def default_config(head_dim: int) -> Config:
+    """The configuration for a head dim if nothing else is asked for."""
+    padded = next(size for size in HEAD_DIMS if size >= head_dim)
+    if padded == 256:
+        return Config(padded, keys=64, query_stages=1)
+    if padded == 64:
+        return Config(padded, keys=192)
+    return Config(padded)
+
+
+@functools.lru_cache(maxsize=256)
+def plan(request: Request) -> Plan:
+    """The plan for a request; made once."""
+    return Plan(request)
+
+
+@functools.lru_cache(maxsize=64)
+def _counters(device: int, stream: int) -> Tensor:
+    """The two counters of a stream: launches on one stream follow each other, and each leaves zeros."""
+    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))

@@ -1,0 +1,287 @@
+"""Shapes of the boxes of a kernel launch: those of least estimated time.
+
+Key boxes start where the windows start, so their best shape depends on window, stride and query box together, and
+powers of two are rarely best. All shapes are compared: counts are products over dimensions, so one small table per
+dimension, ``[query side, key side]``, holds what is needed for all combinations.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from gna_flex.cuda.tables import (
+    MAX_SIDE,
+    ROWS,
+    Dim,
+    KernelTiles,
+    Spans,
+    Triple,
+    check_slots,
+    count,
+    key_boxes,
+    padded_dims,
+    query_spans,
+    text_item_count,
+)
+from gna_flex.intervals import ceil_div
+from gna_flex.neighborhood import GNA
+
+Gnas = GNA | tuple[GNA, ...]
+"""One GNA for all heads, or one per head with the same layout, dilation and text."""
+
+MASK_COST = 0.1
+"""What a masked key box costs more than one without a mask: 0.06 to 0.12 measured on an H200, head dim 128."""
+ITEM_COST = 1.5
+"""What starting and ending a work item costs, in boxes of 128 keys, on the same machine."""
+SLOTS = (128, 160, 144, 112, 96)
+"""Key rows of a slot that are worth trying, by preference between equal estimates.
+
+With fewer the fixed cost of a box shows, and more need too many registers.
+"""
+FEWEST_ROWS = 32
+"""Query boxes fill at least half of a warpgroup: small ones can fit a stride, tiny ones never pay."""
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(
+    gnas: Gnas,
+    kv_slots: int = 128,
+    groups: int = 2,
+    mask_cost: float = MASK_COST,
+    item_cost: float = ITEM_COST,
+) -> KernelTiles:
+    """The shapes of least estimated time, out of all that fit ``kv_slots`` keys and ``groups`` warpgroups.
+
+    Args:
+        gnas: the neighborhood, or one per head (same layout, dilation and text).
+        kv_slots: key rows of one shared-memory slot.
+        groups: warpgroups that share their key boxes.
+        mask_cost: extra cost of a masked key box, as a fraction of a box.
+        item_cost: cost of one work item, in boxes of 128 keys.
+
+    Raises:
+        ValueError: if the heads differ in layout, dilation or text, or a size is not possible.
+
+    >>> choose(GNA((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))).kv_tile
+    (2, 8, 8)
+    """
+    search = _search(gnas, kv_slots, groups, mask_cost, item_cost)
+    return search.tiles(int(np.argmin(search.costs)))
+
+
+def cost(gnas: Gnas, tiles: KernelTiles, mask_cost: float = MASK_COST, item_cost: float = ITEM_COST) -> float:
+    """Estimated time of all given heads, in units of one mask-free box of 128 keys.
+
+    >>> cost(GNA(512, 256), KernelTiles((1, 1, 64), 2, 2, (1, 1, 128), 128))
+    16.4
+    """
+    total = 0.0
+    for gna, heads in _heads(gnas).items():
+        work = count(gna, tiles)
+        boxes = work.boxes + work.text_boxes + mask_cost * (work.masked + work.text_masked)
+        total += heads * (boxes * tiles.kv_slots / 128 + item_cost * work.items)
+    return total
+
+
+class Candidate(NamedTuple):
+    """Shapes and their estimated time, as :func:`cost` has it."""
+
+    tiles: KernelTiles
+    cost: float
+
+
+def candidates(
+    gnas: Gnas, groups: int = 2, slots: tuple[int, ...] = SLOTS, per_slots: int = 2, limit: int = 6
+) -> list[Candidate]:
+    """The most promising shapes over several slot sizes, best first, for a caller that can measure them.
+
+    At most ``per_slots`` of each size of slot, with different key boxes, because those of one size that follow the
+    best are often almost the same; at most ``limit`` in all.
+
+    >>> [best.tiles.kv_slots for best in candidates(GNA((256, 256), window=80, stride=16), per_slots=1, limit=2)]
+    [128, 160]
+    """
+    found = [best for size in slots for best in _best(gnas, size, groups, per_slots)]
+    return sorted(found, key=lambda candidate: candidate.cost)[:limit]
+
+
+def _best(gnas: Gnas, kv_slots: int, groups: int, number: int) -> list[Candidate]:
+    """The best shapes with different key boxes, best first."""
+    search = _search(gnas, kv_slots, groups, MASK_COST, ITEM_COST)
+    rows = np.argmin(search.costs, axis=0)
+    columns = np.arange(len(rows))
+    best = search.costs[rows, columns]
+    order = np.argsort(best, kind="stable")[:number]
+    return [Candidate(search.tiles(int(rows[i] * len(rows) + i)), float(best[i])) for i in order]
+
+
+class _Search(NamedTuple):
+    """All shapes of queries and of keys, and the cost of every combination, ``[query shapes, key shapes]``."""
+
+    queries: tuple[tuple[Triple, int], ...]
+    keys: tuple[Triple, ...]
+    costs: np.ndarray
+    groups: int
+    kv_slots: int
+
+    def tiles(self, index: int) -> KernelTiles:
+        """The combination with this index in the flattened costs."""
+        (box, split), kv_tile = self.queries[index // len(self.keys)], self.keys[index % len(self.keys)]
+        return KernelTiles(box, self.groups, split, kv_tile, self.kv_slots)
+
+
+def _search(gnas: Gnas, kv_slots: int, groups: int, mask_cost: float, item_cost: float) -> _Search:
+    check_slots(kv_slots)
+    heads = _heads(gnas)
+    first = next(iter(heads))
+    queries, keys = query_shapes(first, groups), key_shapes(first, kv_slots)
+    sides = np.array([[side * (groups if a == split else 1) for a, side in enumerate(box)] for box, split in queries])
+    tiles = np.array(keys)
+    costs = np.zeros((len(queries), len(keys)))
+    for gna, number in heads.items():
+        costs += number * _costs(gna, sides, tiles, kv_slots, groups, mask_cost, item_cost)
+    return _Search(queries, keys, costs, groups, kv_slots)
+
+
+def _heads(gnas: Gnas) -> Counter[GNA]:
+    """Different GNAs, and how many heads have each."""
+    heads = Counter([gnas] if isinstance(gnas, GNA) else gnas)
+    shared = {(gna.layout, gna.dilation, gna.text_first, gna.text_last) for gna in heads}
+    if len(shared) != 1:
+        raise ValueError(f"gnas has {len(shared)} different layouts, dilations or texts; all heads must share one")
+    return heads
+
+
+def _costs(
+    gna: GNA, sides: np.ndarray, tiles: np.ndarray, kv_slots: int, groups: int, mask_cost: float, item_cost: float
+) -> np.ndarray:
+    """Cost of one head for all query tiles ``sides[Q, 3]`` and key boxes ``tiles[K, 3]``, ``[Q, K]``."""
+    dims = padded_dims(gna)
+    keys = np.prod(tiles, axis=1)
+    exact = keys == kv_slots
+    boxes, free, items = np.ones((1, 1)), np.ones((1, 1)), np.ones(1)
+    for dim, side, tile in zip(dims, sides.T, tiles.T, strict=True):
+        axis_boxes, axis_free, axis_items = _axis_totals(dim, side, tile, exact)
+        boxes, free, items = boxes * axis_boxes, free * axis_free, items * axis_items
+    # Text queries do not depend on the query tile, and visit the undivided grid.
+    text_items, lengths = text_item_count(gna, groups), np.array([dim[0] for dim in dims])
+    items = items[:, None] + text_items
+    text, text_masked = _text_boxes(gna, keys, exact)
+    boxes = boxes + (text_items * np.prod(ceil_div(lengths, tiles), axis=1) + items * text)
+    masked = boxes - items * (text - text_masked)
+    masked[:, exact] -= free + text_items * np.prod(lengths // tiles[exact], axis=1)
+    # Counts are whole numbers, so that shapes with equal counts have equal costs.
+    costs: np.ndarray = (boxes + mask_cost * masked) * (kv_slots / 128) + item_cost * items
+    return costs
+
+
+def _text_boxes(gna: GNA, keys: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of text keys that one item visits, and masked ones of them, for every number of keys in a box."""
+    texts = np.array([[gna.text_first], [gna.text_last]])
+    boxes = ceil_div(texts, keys)
+    return boxes.sum(0), (boxes - texts // keys * exact).sum(0)
+
+
+def _axis_totals(
+    dim: Dim, sides: np.ndarray, tiles: np.ndarray, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over the query tiles along one dimension, all dilation groups together.
+
+    Key boxes ``[Q, K]`` for query sides ``sides[Q]`` and key sides ``tiles[K]``; free ones ``[Q, exact.sum()]``, only
+    for the key boxes that fill their slots; query tiles ``[Q]``.
+    """
+    some_sides, side_of = np.unique(sides, return_inverse=True)
+    some_tiles, tile_of = np.unique(tiles, return_inverse=True)
+    spans, weight = _distinct_spans(dim, some_sides)
+    begin = np.searchsorted(spans.sequence, np.arange(len(some_sides)))
+    lo, hi, free_lo, free_hi = (bound[:, None] for bound in spans[2:])
+    boxes = key_boxes(lo, hi, free_lo, free_hi, some_tiles)
+
+    def totals(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        sums: np.ndarray = np.add.reduceat(values * weight[:, None], begin, axis=0)
+        return sums.astype(float)[:, columns][side_of]
+
+    items = np.add.reduceat(weight, begin).astype(float)[side_of]
+    return totals(boxes.total, tile_of), totals(boxes.free_total, tile_of[exact]), items
+
+
+def _distinct_spans(dim: Dim, sides: np.ndarray) -> tuple[Spans, np.ndarray]:
+    """Spans of query tiles of every side in ``sides`` up to shifts, by side (``sequence``), and how often each occurs.
+
+    Most tiles inside a grid are shifted copies of a few, and dilation groups have at most two different lengths.
+    """
+    length, _, _, dilation, _ = dim
+    sizes = np.array([ceil_div(length, dilation), length // dilation])
+    groups = np.array([length % dilation, dilation - length % dilation])
+    number = len(sides)
+    spans = query_spans(dim, np.tile(sizes, number), np.repeat(sides, 2))
+    side, half = spans.sequence // 2, spans.sequence % 2
+    # The largest value of an intersection that is empty says nothing more than that it is.
+    widths = (side, spans.hi - spans.lo, spans.free_lo - spans.lo, np.maximum(spans.free_hi - spans.free_lo, 0))
+    kinds = np.zeros(len(side), np.int64)
+    for width in widths:
+        both = kinds * (int(width.max()) + 1) + width
+        _, chosen, kinds = np.unique(both, return_index=True, return_inverse=True)
+    weight = np.bincount(kinds, weights=groups[half]).astype(np.int64)
+    side, width, skip, free = (values[chosen] for values in widths)
+    zero = np.zeros_like(width)
+    return Spans(side, zero, zero, width, skip, skip + free), weight
+
+
+@functools.lru_cache(maxsize=1024)
+def query_shapes(gna: GNA, groups: int) -> tuple[tuple[Triple, int], ...]:
+    """Boxes of queries worth comparing, each with the dimension along which the boxes of the warpgroups lie.
+
+    No side is longer than a dilation group. A box has at least 32 queries, unless the grid is too small for that.
+
+    >>> query_shapes(GNA((1, 2), 1), 2)
+    (((1, 1, 1), 2), ((1, 1, 2), 2))
+    """
+    lengths = [ceil_div(dim[0], dim[3]) for dim in padded_dims(gna)]
+    fewest = FEWEST_ROWS if math.prod(lengths) >= ROWS else 1
+    # Along a dimension of length 1 all but one warpgroup would have nothing to do.
+    splits = [axis for axis in range(3) if lengths[axis] > 1] if groups > 1 else [2]
+    boxes = [
+        (a, b, c)
+        for a in range(1, min(lengths[0], ROWS) + 1)
+        for b in range(1, min(lengths[1], ROWS // a) + 1)
+        for c in range(1, min(lengths[2], ROWS // (a * b)) + 1)
+        if a * b * c >= fewest
+    ]
+    return tuple(itertools.product(boxes, splits or [2]))
+
+
+@functools.lru_cache(maxsize=1024)
+def key_shapes(gna: GNA, kv_slots: int) -> tuple[Triple, ...]:
+    """Boxes of keys worth comparing: those of which no side can grow without leaving the slot or the grid.
+
+    A longer side never needs more boxes, so no other shape can be better.
+
+    >>> key_shapes(GNA((2, 9), (1, 3)), 16)
+    ((1, 1, 9), (1, 2, 8))
+    """
+    dims = padded_dims(gna)
+    limits = [min(ceil_div(dim[0], dim[3]), MAX_SIDE) for dim in dims]
+    if gna.text_first or gna.text_last:
+        # Boxes of text hold as many keys as those of the grid, so that places outside a small grid are useful.
+        limits = [MAX_SIDE if dim[0] > 1 or axis == 2 else 1 for axis, dim in enumerate(dims)]
+
+    def grows(shape: Triple) -> bool:
+        keys = math.prod(shape)
+        return any(
+            side < limit and keys // side * (side + 1) <= kv_slots for side, limit in zip(shape, limits, strict=True)
+        )
+
+    shapes = []
+    for a in range(1, min(limits[0], kv_slots) + 1):
+        for b in range(1, min(limits[1], kv_slots // a) + 1):
+            shape = (a, b, min(limits[2], kv_slots // (a * b)))
+            if not grows(shape):
+                shapes.append(shape)
+    return tuple(shapes)

@@ -1,0 +1,359 @@
+"""Work records: which boxes of keys each box of queries visits, as the tables that a CUDA kernel reads.
+
+A kernel knows no window rule. It takes one record (a box of queries per warpgroup), walks a regular grid of key boxes,
+and applies windows from a table to the boxes that are not marked as free of masked pairs. Everything here is a product
+over dimensions: along one dimension the windows of neighbouring queries have monotone ends, so the first and the last
+query of a box decide which keys all of them, or any of them, see.
+
+Grids are padded to three dimensions with leading ones. Positions count inside one dilation group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gna_flex.intervals import ceil_div, group_length, key_interval
+from gna_flex.neighborhood import GNA
+
+Triple = tuple[int, int, int]
+Dim = tuple[int, int, int, int, bool]
+"""Length, window, stride, dilation and causality of one dimension."""
+
+ROWS = 64
+"""Query rows of one warpgroup, and tokens in its box of text."""
+MAX_SIDE = 256
+"""Longest side of a box that a tensor map can describe."""
+COLUMNS = 24
+"""Integers in one record."""
+START, KEY_START, BOXES, FREE_START, FREE_BOXES, GROUP = (slice(3 * i, 3 * i + 3) for i in range(6))
+LENGTHS, KIND, MASKED = 18, 19, 20
+GRID, TEXT_FIRST, TEXT_LAST = 0, 1, 2
+"""Values of column ``KIND``: what the queries of the record are."""
+PLAIN = 8
+"""Length class of the undivided layout, where text queries see everything."""
+
+
+@dataclass(frozen=True)
+class KernelTiles:
+    """Shapes of one kernel launch: boxes of queries and of keys, in tokens of one dilation group.
+
+    Args:
+        box: queries of one warpgroup per dimension, at most 64 together.
+        groups: warpgroups that share their key boxes, 1 to 4.
+        split: dimension along which the boxes of the warpgroups lie side by side.
+        kv_tile: keys of one key box per dimension, at most ``kv_slots`` together and 256 per side.
+        kv_slots: key rows of one shared-memory slot, a multiple of 16 up to 256.
+
+    Raises:
+        ValueError: if a value is outside its range.
+
+    >>> KernelTiles((1, 8, 8), groups=2, split=1, kv_tile=(1, 8, 16), kv_slots=128).q_tile
+    (1, 16, 8)
+    """
+
+    box: Triple
+    groups: int
+    split: int
+    kv_tile: Triple
+    kv_slots: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("box", self.box), ("kv_tile", self.kv_tile)):
+            if len(value) != 3 or min(value) < 1:
+                raise ValueError(f"{name}={value}: three sides of at least 1 are needed")
+        if math.prod(self.box) > ROWS:
+            raise ValueError(f"box={self.box} has {math.prod(self.box)} queries; a warpgroup holds {ROWS}")
+        if not 1 <= self.groups <= 4:
+            raise ValueError(f"groups={self.groups} must be 1 to 4")
+        if self.split not in range(3):
+            raise ValueError(f"split={self.split} must be 0, 1 or 2")
+        check_slots(self.kv_slots)
+        if math.prod(self.kv_tile) > self.kv_slots or max(self.kv_tile) > MAX_SIDE:
+            raise ValueError(f"kv_tile={self.kv_tile} must fit kv_slots={self.kv_slots} and {MAX_SIDE} per side")
+
+    @property
+    def q_tile(self) -> Triple:
+        """Queries of one work item per dimension: the boxes of all warpgroups."""
+        a, b, c = (side * (self.groups if axis == self.split else 1) for axis, side in enumerate(self.box))
+        return a, b, c
+
+    @property
+    def fills_slots(self) -> bool:
+        """Whether a key box leaves no slot row empty; otherwise every box needs the mask."""
+        return math.prod(self.kv_tile) == self.kv_slots
+
+
+def check_slots(kv_slots: int) -> None:
+    """Raise ``ValueError`` unless a kernel can have slots of ``kv_slots`` keys."""
+    if kv_slots % 16 or not 16 <= kv_slots <= 256:
+        raise ValueError(f"kv_slots={kv_slots} must be a multiple of 16 from 16 to 256")
+
+
+def padded_dims(gna: GNA) -> list[Dim]:
+    """The dimensions of a grid, padded to three with leading ones.
+
+    >>> padded_dims(GNA((8, 9), 3))
+    [(1, 1, 1, 1, False), (8, 3, 1, 1, False), (9, 3, 1, 1, False)]
+    """
+    return [(1, 1, 1, 1, False)] * (3 - gna.ndim) + list(gna.dims())
+
+
+class Spans(NamedTuple):
+    """Query tiles along one dimension, and the keys they see; arrays with one entry per tile.
+
+    Some query of the tile sees the keys ``[lo, hi)``, and every query of it ``[free_lo, free_hi)`` (maybe none).
+    """
+
+    sequence: np.ndarray
+    start: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    free_lo: np.ndarray
+    free_hi: np.ndarray
+
+
+def query_spans(dim: Dim, sizes: np.ndarray, sides: np.ndarray) -> Spans:
+    """Spans of the query tiles of several sequences: ``sizes[i]`` positions cut into tiles of ``sides[i]``.
+
+    >>> query_spans((10, 4, 1, 1, False), np.array([10]), np.array([5])).hi.tolist()
+    [6, 10]
+    """
+    _, window, stride, _, causal = dim
+    tiles = ceil_div(sizes, sides)
+    sequence = np.repeat(np.arange(len(sizes)), tiles)
+    place = np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    size, side = sizes[sequence], sides[sequence]
+    start = place * side
+    last = np.minimum(start + side, size) - 1
+    lo, free_hi = key_interval(start, size, window, stride, causal)
+    free_lo, hi = key_interval(last, size, window, stride, causal)
+    return Spans(sequence, start, lo, hi, free_lo, free_hi)
+
+
+class KeyBoxes(NamedTuple):
+    """Key boxes along one dimension: ``total`` from ``start`` on, of which ``free_total`` from index ``free`` on.
+
+    A free box lies inside the window of every query of the tile.
+    """
+
+    start: np.ndarray
+    total: np.ndarray
+    free: np.ndarray
+    free_total: np.ndarray
+
+
+def key_boxes(lo: Any, hi: Any, free_lo: Any, free_hi: Any, side: Any) -> KeyBoxes:
+    """Fewest boxes of ``side`` keys that cover ``[lo, hi)``, placed to have most of them in ``[free_lo, free_hi)``.
+
+    They may reach below 0 and past the group. All arguments are arrays that broadcast together.
+
+    >>> [int(x) for x in key_boxes(*np.array([3, 14, 5, 13, 4]))]
+    [2, 3, 1, 1]
+    >>> [int(x) for x in key_boxes(*np.array([3, 14, 6, 14, 4]))]
+    [2, 3, 1, 2]
+    """
+    total = ceil_div(hi - lo, side)
+    slack = total * side - (hi - lo)
+    # Of all starts in [lo - slack, lo] this one leaves the fewest keys between free_lo and the next box boundary.
+    start = lo - np.minimum(slack, (lo - free_lo) % side)
+    gap = (start - free_lo) % side
+    free_total = np.maximum((free_hi - free_lo - gap) // side, 0)
+    start = np.where(free_total > 0, start, lo)
+    free = np.where(free_total > 0, (free_lo + gap - start) // side, 0)
+    return KeyBoxes(start, total, free, free_total)
+
+
+def work_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
+    """All work items of one head, int32 ``[items, 24]``.
+
+    Columns: 0:3 first query (position in its dilation group; warpgroup ``i`` starts ``box[split] * i`` further along
+    ``split``); 3:6 first key; 6:9 key boxes per dimension; 9:12 index of the first free box; 12:15 number of free
+    boxes; 15:18 dilation group; 18 length class (row of :func:`window_table`'s offsets); 19 kind of query: 0 grid,
+    1 text before, 2 text after it; 20 whether any box needs the mask; 21:24 zero.
+    A box needs no mask if its index is free in every dimension.
+
+    A text item holds ``64 * groups`` consecutive text tokens, from column 2 on, and visits the undivided grid. Boxes
+    of text keys are not listed. Text items come first, then dilation groups, then tiles in row-major order; with a
+    causal dimension the items of the grid are sorted by their number of boxes, longest first.
+
+    >>> tiles = KernelTiles((1, 1, 64), groups=2, split=2, kv_tile=(1, 1, 128), kv_slots=128)
+    >>> work_records(GNA(512, 256), tiles)[:, [2, 5, 8, 11, 14]].tolist()
+    [[0, 0, 2, 0, 2], [128, -1, 3, 1, 1], [256, 127, 3, 1, 1], [384, 256, 2, 0, 2]]
+    """
+    return np.concatenate([_text_records(gna, tiles), _grid_records(gna, tiles)])
+
+
+def _grid_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
+    axes = [_axis_columns(dim, tiles, axis) for axis, dim in enumerate(padded_dims(gna))]
+    records = np.zeros((*(len(columns[0]) for columns in axes), COLUMNS), np.int32)
+    for axis, columns in enumerate(axes):
+        *triples, shorter = (column.reshape([-1 if a == axis else 1 for a in range(3)]) for column in columns)
+        for place, column in enumerate(triples):
+            records[..., 3 * place + axis] = column
+        records[..., LENGTHS] += (shorter << axis).astype(np.int32)
+    return _ordered(_with_masked(records.reshape(-1, COLUMNS)), gna)
+
+
+def _axis_columns(dim: Dim, tiles: KernelTiles, axis: int) -> tuple[np.ndarray, ...]:
+    """Of every query tile along one dimension: the six columns of triples, and whether its group is a shorter one."""
+    spans, boxes = _axis_boxes(dim, tiles, axis)
+    shorter = (spans.sequence >= dim[0] % dim[3]) & bool(dim[0] % dim[3])
+    return spans.start, *boxes, spans.sequence, shorter.astype(int)
+
+
+def _axis_boxes(dim: Dim, tiles: KernelTiles, axis: int) -> tuple[Spans, KeyBoxes]:
+    """Query tiles of all dilation groups along one dimension, and their key boxes."""
+    length, dilation = dim[0], dim[3]
+    sizes = group_length(length, dilation, np.arange(dilation))
+    spans = query_spans(dim, sizes, np.full(dilation, tiles.q_tile[axis]))
+    return spans, _masked_unless_full(key_boxes(*spans[2:], tiles.kv_tile[axis]), tiles)
+
+
+def _masked_unless_full(boxes: KeyBoxes, tiles: KernelTiles) -> KeyBoxes:
+    """No free boxes where slots stay partly empty, because the mask also hides the empty rows."""
+    if tiles.fills_slots:
+        return boxes
+    zero = np.zeros_like(boxes.free)
+    return boxes._replace(free=zero, free_total=zero)
+
+
+def _with_masked(records: np.ndarray) -> np.ndarray:
+    records[:, MASKED] = np.any(records[:, BOXES] != records[:, FREE_BOXES], axis=1)
+    return records
+
+
+def _ordered(records: np.ndarray, gna: GNA) -> np.ndarray:
+    """Records in launch order: by dilation group and, if costs differ much, longest first."""
+    if math.prod(gna.dilation) > 1:
+        records = records[np.lexsort(records[:, GROUP].T[::-1])]
+    if any(gna.causal):
+        records = records[np.argsort(-_product(records[:, BOXES]), kind="stable")]
+    return records
+
+
+def _product(columns: np.ndarray) -> np.ndarray:
+    product: np.ndarray = np.prod(columns.astype(np.int64), axis=1)
+    return product
+
+
+def _text_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
+    """Items of the text queries: each sees the whole grid, which is never divided for them."""
+    starts = [np.arange(0, count, ROWS * tiles.groups) for count in (gna.text_first, gna.text_last)]
+    records = np.zeros((sum(map(len, starts)), COLUMNS), np.int32)
+    records[:, 2] = np.concatenate(starts)
+    records[:, BOXES], records[:, FREE_BOXES] = _plain_boxes(gna, tiles)
+    records[:, LENGTHS] = PLAIN
+    records[:, KIND] = np.repeat([TEXT_FIRST, TEXT_LAST], [len(start) for start in starts])
+    return _with_masked(records)
+
+
+def _plain_boxes(gna: GNA, tiles: KernelTiles) -> tuple[Triple, Triple]:
+    """Key boxes of the undivided grid per dimension, and those without places outside it."""
+    pairs = [(dim[0], side) for dim, side in zip(padded_dims(gna), tiles.kv_tile, strict=True)]
+    a, b, c = (ceil_div(length, side) for length, side in pairs)
+    x, y, z = (length // side if tiles.fills_slots else 0 for length, side in pairs)
+    return (a, b, c), (x, y, z)
+
+
+class Count(NamedTuple):
+    """What one head costs: work items, and the key boxes that they visit in total.
+
+    ``items`` includes ``text_items`` (those of text queries). ``boxes`` of the grid include ``masked``, which need the
+    mask. ``text_boxes`` of text keys include ``text_masked``, which do not fill a slot.
+    """
+
+    items: int
+    text_items: int
+    boxes: int
+    masked: int
+    text_boxes: int
+    text_masked: int
+
+
+def count(gna: GNA, tiles: KernelTiles) -> Count:
+    """Work of one head in closed form, without building its records. Costs ``sum(layout)``.
+
+    >>> count(GNA(512, 256), KernelTiles((1, 1, 64), 2, 2, (1, 1, 128), 128))
+    Count(items=4, text_items=0, boxes=10, masked=4, text_boxes=0, text_masked=0)
+    """
+    axes = [_axis_boxes(dim, tiles, axis)[1] for axis, dim in enumerate(padded_dims(gna))]
+    plain, plain_free = map(math.prod, _plain_boxes(gna, tiles))
+    text_items = text_item_count(gna, tiles.groups)
+    items = math.prod(len(boxes.total) for boxes in axes) + text_items
+    boxes = math.prod(int(axis.total.sum()) for axis in axes) + text_items * plain
+    free = math.prod(int(axis.free_total.sum()) for axis in axes) + text_items * plain_free
+    text_boxes, text_masked = text_key_boxes(gna, tiles)
+    return Count(items, text_items, boxes, boxes - free, items * text_boxes, items * text_masked)
+
+
+def text_item_count(gna: GNA, groups: int) -> int:
+    """Work items that the text queries of one head need."""
+    rows = ROWS * groups
+    return int(ceil_div(gna.text_first, rows) + ceil_div(gna.text_last, rows))
+
+
+def text_key_boxes(gna: GNA, tiles: KernelTiles) -> tuple[int, int]:
+    """Boxes of text keys that every item visits, and those that leave a slot partly empty.
+
+    They hold as many keys as a box of the grid, so that both are loaded alike.
+    """
+    texts, keys = (gna.text_first, gna.text_last), math.prod(tiles.kv_tile)
+    boxes = sum(ceil_div(text, keys) for text in texts)
+    return boxes, sum(text % keys > 0 for text in texts) if tiles.fills_slots else boxes
+
+
+def class_lengths(gna: GNA) -> np.ndarray:
+    """Positions per dimension in each length class, int32 ``[9, 3]``; -1 where a class does not occur.
+
+    Bit ``i`` of a class says that its groups are the shorter ones in dimension ``i``: a dilation that does not divide
+    a length makes groups of two lengths. Class 8 is the undivided layout, which only text queries use.
+
+    >>> class_lengths(GNA((8, 9), 2, dilation=(1, 2)))[:5].tolist()
+    [[1, 8, 5], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1], [1, 8, 4]]
+    """
+    lengths = np.full((PLAIN + 1, 3), -1, np.int32)
+    dims = padded_dims(gna)
+    ragged = sum(1 << axis for axis, dim in enumerate(dims) if dim[0] % dim[3])
+    for lengths_class in range(PLAIN):
+        if not lengths_class & ~ragged:
+            lengths[lengths_class] = [
+                dim[0] // dim[3] if lengths_class >> axis & 1 else ceil_div(dim[0], dim[3])
+                for axis, dim in enumerate(dims)
+            ]
+    if gna.text_first or gna.text_last:
+        lengths[PLAIN] = [dim[0] for dim in dims]
+    return lengths
+
+
+def window_table(gna: GNA) -> tuple[np.ndarray, np.ndarray]:
+    """Windows ``[lo, hi)`` of every position, int32 ``[rows, 2]``, and where they start, int32 ``[9, 3]``.
+
+    The window of position ``x`` in dimension ``i`` of a length class is row ``offsets[class, i] + x``. Classes that do
+    not occur have offset -1; see :func:`class_lengths`.
+
+    >>> windows, offsets = window_table(GNA(4, 2))
+    >>> windows.tolist(), offsets[0].tolist()
+    ([[0, 1], [0, 1], [0, 2], [0, 2], [1, 3], [2, 4]], [0, 1, 2])
+    """
+    lengths = class_lengths(gna)
+    offsets = np.full_like(lengths, -1)
+    rows: list[np.ndarray] = []
+    total = 0
+    for axis, dim in enumerate(padded_dims(gna)):
+        # Classes that agree in this dimension share its rows.
+        for text, classes in ((False, lengths[:PLAIN, axis]), (True, lengths[PLAIN:, axis])):
+            for size in np.unique(classes[classes > 0])[::-1]:
+                offsets[PLAIN if text else 0 :, axis][: len(classes)][classes == size] = total
+                rows.append(_windows(dim, int(size), everything=text))
+                total += int(size)
+    return np.concatenate(rows), offsets
+
+
+def _windows(dim: Dim, size: int, everything: bool) -> np.ndarray:
+    position = np.arange(size)
+    lo, hi = (0, size) if everything else key_interval(position, size, dim[1], dim[2], dim[4])
+    return np.stack(np.broadcast_arrays(lo, hi, position)[:2], axis=1).astype(np.int32)

@@ -1,0 +1,43 @@
+"""Whether CUDA kernels can be compiled and launched here, and what went wrong if one was not."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+log = logging.getLogger("gna_flex")
+
+_failure: str = ""
+_package: str | None = None
+
+
+def missing() -> str:
+    """Why no kernel can be compiled or launched in this process; empty if nothing is known against it.
+
+    Two global values, so that compiled functions can ask as well, once a mask has been made.
+    """
+    global _package
+    if _package is None:
+        _package = _missing_package()
+    return _failure or _package
+
+
+def give_up(error: Exception) -> None:
+    """Remembers that a kernel failed to build or launch, and says so once: calls take another route from now on."""
+    global _failure
+    if not _failure:
+        log.warning("a CUDA kernel failed, and calls take another route from now on: %s", error)
+    _failure = f"a kernel failed before: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def try_again() -> None:
+    """Forgets a failure."""
+    global _failure
+    _failure = ""
+
+
+def _missing_package() -> str:
+    # find_spec imports the parent package, which must not be there either.
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "compiling it needs cuda-bindings and nvidia-cuda-nvrtc: pip install gna-flex[cuda]"
+    return ""

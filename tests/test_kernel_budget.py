@@ -1,0 +1,197 @@
+"""The Hopper kernel as machine code, without a GPU: registers, spills, shared memory, layouts, instructions."""
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gna_flex.cuda import forward, jit, tables
+from gna_flex.cuda.kernel import HEAD_DIMS, SHARED_LIMIT, Config
+
+pytest.importorskip("cuda.bindings")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+try:
+    nvrtc.nvrtcVersion()
+except RuntimeError as error:
+    pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
+
+REGISTERS = 1 << 16
+"""Registers of a multiprocessor, which one CTA fills."""
+SMALL_REGISTERS = 8
+"""Registers are handed out in multiples of this."""
+
+
+def fitting(config: Config) -> Config:
+    """With fewer query slots if shared memory asks for it."""
+    return config if config.shared_bytes <= SHARED_LIMIT else replace(config, query_stages=1)
+
+
+DEFAULTS = [forward.default_config(head_dim) for head_dim in HEAD_DIMS]
+CONFIGS = [
+    *DEFAULTS,
+    *(replace(config, text=True) for config in DEFAULTS),
+    *(replace(config, dilated=True) for config in DEFAULTS),
+    *(replace(config, dilated=True, map_sets=3) for config in DEFAULTS),
+    *(replace(config, dilated=True, text=True, map_sets=9) for config in DEFAULTS),
+    *(replace(config, float16=True) for config in DEFAULTS),
+    *(fitting(Config(128, keys=keys)) for keys in (96, 112, 144, 160)),
+    *(fitting(Config(128, keys=keys, dilated=True, text=True, map_sets=3)) for keys in (96, 160)),
+]
+
+
+def crowded(config: Config) -> bool:
+    """Whether a thread's output, scores and weights leave no registers for much else; never so by default."""
+    return config.head_dim // 2 + config.keys * 3 // 4 > 176
+
+
+def spill_budget(config: Config) -> int:
+    """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that consumers have none.
+
+    The producer waits for memory most of the time. From head dim 128 on it keeps 40 registers, else 56, and needs some
+    for the addresses of dilation groups and of text.
+    """
+    if crowded(config):
+        return 512
+    if config.head_dim >= 128:
+        return 384 if config.dilated or config.text else 96
+    return 64 if config.dilated else 0
+
+
+def name_of(config: Config) -> str:
+    parts = [f"d{config.head_dim}", f"k{config.keys}", *([f"m{config.map_sets}"] if config.dilated else [])]
+    return "-".join([*parts, *(["text"] if config.text else []), *(["f16"] if config.float16 else [])])
+
+
+configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for all tests and all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", str(folder / "kernels"))
+
+
+@functools.cache
+def built(config: Config) -> jit.Cubin:
+    """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
+    facts = {"kSharedBytes": config.shared_bytes, "sizeof(Item)": 4 * tables.COLUMNS}
+    facts["sizeof(Maps)"] = 128 * 4 * (config.map_sets + 2 * config.text)
+    for name, structure in (("Params", forward.parameters(config.map_sets)), ("Address", forward.Address)):
+        facts[f"sizeof({name})"] = ctypes.sizeof(structure)
+        for field, *_ in structure._fields_:
+            # What offsetof stands for; older versions of the compiler have no builtin for it.
+            facts[f"__INTADDR__(&((({name}*)0)->{field}))"] = getattr(structure, field).offset
+    checks = [f'static_assert({fact} == {value}, "Python has {value}");\n' for fact, value in facts.items()]
+    source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
+    return jit.compile(
+        source + "\n" + "".join(checks),
+        defines=config.defines(),
+        name="hopper_forward.cu",
+        include=jit.headers() | {"hopper/generated.cuh": config.generated_header()},
+    )
+
+
+@configs
+def test_registers_spills_and_speed(config):
+    log = built(config).log
+    (usage,) = jit.resource_usage(log)
+    threads = 128 * (config.consumers + 1)
+    assert usage.registers <= REGISTERS // threads // SMALL_REGISTERS * SMALL_REGISTERS
+    assert usage.shared == 0, "all of it is asked for at the launch"
+    assert jit.spills(log) <= spill_budget(config)
+    # C7510 and its like: products that wait for each other, or for the registers of the one before.
+    assert jit.performance_warnings(log) == []
+    assert "serializ" not in log
+
+
+def test_python_and_cuda_agree_or_it_does_not_compile():
+    """The checks of :func:`built` are no empty words."""
+    config = DEFAULTS[0]
+    include = jit.headers() | {"hopper/generated.cuh": config.generated_header()}
+    wrong = f'static_assert(kSharedBytes == {config.shared_bytes + 16}, "Python has another number");'
+    source = (jit.source_folder() / "hopper" / "forward.cu").read_text() + wrong
+    with pytest.raises(jit.CompileError, match="Python has another number"):
+        jit.compile(source, defines=config.defines(), include=include)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Config(40), "head dims are multiples of 32"),
+        (Config(128, keys=120), "16 keys at a time"),
+        (Config(256), "too much shared memory"),
+    ],
+    ids=["head-dim", "keys", "memory"],
+)
+def test_what_is_not_possible_does_not_compile(config, words):
+    include = jit.headers() | {"hopper/generated.cuh": config.generated_header()}
+    source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
+    with pytest.raises(jit.CompileError, match=words):
+        jit.compile(source, defines=config.defines(), include=include)
+
+
+def disassembler() -> str | None:
+    """nvdisasm: of its package, or of a CUDA toolkit."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [str(file.locate()) for file in files if file.name.startswith("nvdisasm")]
+    return found[0] if found else shutil.which("nvdisasm")
+
+
+@functools.cache
+def opcodes(config: Config, folder: Path) -> list[str]:
+    """Instructions in the order of the code, without predicates and operands."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(built(config).code)
+    command = [disassembler(), "-c", str(path)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", code, re.MULTILINE)
+
+
+def kinds(names: list[str]) -> Counter[str]:
+    return Counter(name.partition(".")[0] for name in names)
+
+
+@pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")
+@configs
+def test_instructions(config, tmp_path):
+    names = opcodes(config, tmp_path)
+    products = [place for place, name in enumerate(names) if name.startswith("HGMMA")]
+    # Consumers: from where they take registers to where they store the output.
+    ends = [place for place, name in enumerate(names) if name.startswith(("USETMAXREG.TRY_ALLOC", "UTMASTG"))]
+    consumers = kinds(names[min(ends + products) : max(ends + products)])
+    assert not consumers["UTMALDG"], "the producer's code lies in between"
+    assert crowded(config) or not consumers["LDL"] + consumers["STL"], "consumers spill"
+    assert kinds(names)["USETMAXREG"] == 2
+    assert {name for name in names if name.startswith(("UTMALDG", "UTMASTG"))} >= {"UTMALDG.5D", "UTMASTG.5D"}
+    assert not kinds(names)["LDGSTS"]
+    # One matrix multiplication for 16 columns of the head dim, and one for 16 keys.
+    kind = "" if config.float16 else ".BF16"
+    shapes = Counter(names[place] for place in products)
+    expected = Counter({f"HGMMA.64x{config.keys}x16.F32{kind}": config.head_dim // 16})
+    expected.update({f"HGMMA.64x{config.head_dim}x16.F32{kind}": config.keys // 16})
+    assert set(shapes) == set(expected)
+    assert all(count % expected[name] == 0 for name, count in shapes.items())
+    # An exponential for each score that a thread holds, and one for each of its two rows; in every copy of the loop.
+    exponentials = kinds([name for name in names if name.startswith("MUFU.EX2")])["MUFU"]
+    assert exponentials
+    assert exponentials % (config.keys // 2 + 2) == 0
+
+
+def test_nothing_else_is_compiled_by_default():
+    assert {config.head_dim for config in DEFAULTS} == set(HEAD_DIMS)
+    assert all(config.shared_bytes <= SHARED_LIMIT for config in CONFIGS)
+    assert len(set(CONFIGS)) == len(CONFIGS)
+    assert not any(map(crowded, DEFAULTS))

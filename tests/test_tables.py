@@ -1,0 +1,285 @@
+"""Work records against what a kernel does with them, pair by pair, on the mask of ``helpers``."""
+
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+from helpers import attended, dense_mask, random_gna
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gna_flex import GNA
+from gna_flex.cuda.tables import (
+    BOXES,
+    COLUMNS,
+    FREE_BOXES,
+    FREE_START,
+    GROUP,
+    KEY_START,
+    KIND,
+    LENGTHS,
+    MASKED,
+    PLAIN,
+    START,
+    KernelTiles,
+    class_lengths,
+    count,
+    key_boxes,
+    padded_dims,
+    query_spans,
+    window_table,
+    work_records,
+)
+
+TEXT = (0, 0, 1, 9, 130)
+
+
+def random_box(rng: random.Random, most: int) -> tuple[int, int, int]:
+    """Any sides whose product is at most ``most``, sometimes exactly."""
+    a = rng.choice([1, 1, 2, rng.randint(1, min(most, 9))])
+    b = rng.choice([1, 2, 3, rng.randint(1, min(most // a, 9))]) if a * 3 <= most else 1
+    c = rng.choice([most // (a * b), rng.randint(1, most // (a * b))])
+    sides = [a, b, c]
+    rng.shuffle(sides)
+    return tuple(sides)
+
+
+def random_tiles(rng: random.Random) -> KernelTiles:
+    slots = rng.choice([16, 32, 48, 64, 96, 128, 160])
+    box = rng.choice([(1, 1, 61), (1, 6, 7), (3, 3, 7), *(random_box(rng, rng.choice([64, 8])) for _ in range(5))])
+    return KernelTiles(box, rng.randint(1, 4), rng.randint(0, 2), random_box(rng, slots), slots)
+
+
+def product(*axes: np.ndarray) -> np.ndarray:
+    """All combinations, ``[n, 3]``, the last fastest."""
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+class Kernel:
+    """Walks records as the CUDA kernel does, and counts how often each query meets each key of the grid."""
+
+    def __init__(self, gna: GNA, tiles: KernelTiles) -> None:
+        self.gna, self.tiles = gna, tiles
+        self.layout = np.array([dim[0] for dim in padded_dims(gna)])
+        self.dilation = np.array([dim[3] for dim in padded_dims(gna)])
+        self.windows, self.offsets = window_table(gna)
+        self.lengths = class_lengths(gna)
+        self.queries = np.zeros(gna.tokens, int)
+        self.met = np.zeros((gna.tokens, gna.grid_tokens), int)
+        for record in work_records(gna, tiles):
+            self.run(record)
+
+    def run(self, record: np.ndarray) -> None:
+        rows, tokens = self.text_rows(record) if record[KIND] else self.grid_rows(record)
+        assert len(rows), "an item without queries"
+        keys, free = self.key_places(record)
+        lengths = self.lengths[record[LENGTHS]]
+        window = self.windows[self.offsets[record[LENGTHS]] + np.minimum(rows, lengths - 1)]  # [queries, 3, 2]
+        seen = (window[:, None, :, 0] <= keys) & (keys < window[:, None, :, 1])
+        kept = seen.all(-1) | free
+        inside = ((keys >= 0) & (keys < lengths)).all(-1)
+        assert not kept[:, ~inside].any(), "a place outside the group is kept"
+        assert record[MASKED] == (not free.all())
+        dilation = 1 if record[LENGTHS] == PLAIN else self.dilation
+        columns = self.index(keys[inside] * dilation + record[GROUP])
+        self.queries[tokens] += 1
+        self.met[np.ix_(tokens, columns)] += kept[:, inside]
+
+    def index(self, x: np.ndarray) -> np.ndarray:
+        return np.ravel_multi_index(tuple(x.T), tuple(self.layout))
+
+    def grid_rows(self, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the queries that exist, ``[n, 3]``, and their tokens."""
+        group = record[GROUP]
+        sizes = [len(range(g, n, d)) for g, n, d in zip(group, self.layout, self.dilation, strict=True)]
+        assert sizes == self.lengths[record[LENGTHS]].tolist()
+        beside = np.eye(3, dtype=int)[self.tiles.split] * self.tiles.box[self.tiles.split]
+        box = product(*map(np.arange, self.tiles.box))
+        rows = np.concatenate([record[START] + warpgroup * beside + box for warpgroup in range(self.tiles.groups)])
+        rows = rows[(rows < sizes).all(1)]
+        return rows, self.gna.text_first + self.index(rows * self.dilation + group)
+
+    def text_rows(self, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = record[KIND] == 1
+        place = record[2] + np.arange(64 * self.tiles.groups)
+        place = place[place < (self.gna.text_first if first else self.gna.text_last)]
+        rows = np.stack([0 * place, 0 * place, place], axis=1)
+        return rows, place + (0 if first else self.gna.text_first + self.gna.grid_tokens)
+
+    def key_places(self, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates of all places of all key boxes, ``[m, 3]``, and whether their box is free of masked pairs."""
+        box = product(*(np.arange(n) for n in record[BOXES]))
+        free = ((record[FREE_START] <= box) & (box < record[FREE_START] + record[FREE_BOXES])).all(1)
+        assert not free.any() or self.tiles.fills_slots
+        inside = product(*map(np.arange, self.tiles.kv_tile))
+        keys = record[KEY_START] + box[:, None] * self.tiles.kv_tile + inside
+        return keys.reshape(-1, 3), np.repeat(free, len(inside))
+
+
+def assert_exact(gna: GNA, tiles: KernelTiles) -> None:
+    kernel = Kernel(gna, tiles)
+    assert (kernel.queries == 1).all()
+    keep = dense_mask(gna)[:, gna.text_first : gna.text_first + gna.grid_tokens]
+    np.testing.assert_array_equal(kernel.met, keep, err_msg=f"{gna}, {tiles}")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_pair_is_met_exactly_once(seed):
+    rng = random.Random(seed)
+    for _ in range(40):
+        assert_exact(random_gna(rng, text=TEXT), random_tiles(rng))
+
+
+@given(st.randoms(use_true_random=False))
+def test_every_pair_is_met_exactly_once_property(rng):
+    assert_exact(random_gna(rng, text=TEXT), random_tiles(rng))
+
+
+@pytest.mark.parametrize(
+    ("gna", "tiles"),
+    [
+        (GNA(7, 3), KernelTiles((1, 1, 64), 2, 2, (1, 1, 128), 128)),
+        (GNA(1, 1), KernelTiles((4, 4, 4), 3, 0, (2, 8, 8), 128)),
+        (
+            GNA((5, 9, 13), (3, 9, 5), (2, 4, 5), causal=(True, False, False)),
+            KernelTiles((3, 3, 7), 2, 1, (4, 4, 8), 128),
+        ),
+        (GNA((23, 17), (5, 4), (2, 3), dilation=(3, 4)), KernelTiles((1, 6, 7), 2, 2, (1, 4, 4), 16)),
+        (GNA((12, 16), (4, 8), (4, 8), text_first=200, text_last=64), KernelTiles((1, 4, 8), 2, 2, (1, 2, 8), 16)),
+        (GNA(300, 300, text_last=3), KernelTiles((1, 1, 61), 2, 2, (1, 1, 96), 96)),
+    ],
+    ids=["one item", "one token", "causal 3-D", "dilation", "blocked with text", "dense"],
+)
+def test_chosen_cases(gna, tiles):
+    assert_exact(gna, tiles)
+
+
+def brute_force(lo: int, hi: int, free_lo: int, free_hi: int, side: int) -> int:
+    """Most free boxes over every start that covers the union with the fewest boxes."""
+    total = math.ceil((hi - lo) / side)
+    return max(
+        sum(free_lo <= start + i * side and start + (i + 1) * side <= free_hi for i in range(total))
+        for start in range(hi - total * side, lo + 1)
+    )
+
+
+@given(*(st.integers(0, 40) for _ in range(3)), st.integers(1, 40), st.integers(1, 50))
+def test_key_boxes_are_as_free_as_possible(lo, skip, width, rest, side):
+    hi = lo + max(skip, width) + rest
+    free_lo, free_hi = min(lo + skip, hi - 1), min(lo + width, hi)
+    boxes = key_boxes(*np.array([lo, hi, free_lo, free_hi, side]))
+    start, total, free, free_total = map(int, boxes)
+    assert total == math.ceil((hi - lo) / side)
+    assert hi - total * side <= start <= lo
+    assert free_total == brute_force(lo, hi, free_lo, free_hi, side)
+    inside = [i for i in range(total) if free_lo <= start + i * side and start + (i + 1) * side <= free_hi]
+    assert inside == list(range(free, free + free_total))
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 70))
+def test_spans_are_union_and_intersection(rng, side):
+    length, window, stride, _, causal = dim = next(iter(random_gna(rng, 1).dims()))
+    spans = query_spans(dim, np.array([length]), np.array([side]))
+    assert spans.start.tolist() == list(range(0, length, side))
+    keys = attended(length, window, stride, 1, causal)
+    for start, lo, hi, free_lo, free_hi in zip(*spans[1:], strict=True):
+        sets = [set(keys[i]) for i in range(start, min(start + side, length))]
+        assert min(min(s) for s in sets) == lo
+        assert max(max(s) for s in sets) == hi - 1
+        assert set.intersection(*sets) == set(range(free_lo, free_hi))
+
+
+@given(st.randoms(use_true_random=False))
+def test_count_is_that_of_the_records(rng):
+    gna, tiles = random_gna(rng, text=TEXT), random_tiles(rng)
+    records = work_records(gna, tiles)
+    assert records.dtype == np.int32
+    assert records.shape[1] == COLUMNS
+    assert not records[:, 21:].any()
+    boxes, free = (np.prod(records[:, columns], axis=1).sum() for columns in (BOXES, FREE_BOXES))
+    work = count(gna, tiles)
+    assert (work.items, work.text_items) == (len(records), np.count_nonzero(records[:, KIND]))
+    assert (work.boxes, work.masked) == (boxes, boxes - free)
+    keys = math.prod(tiles.kv_tile)
+    pieces = [min(keys, n - i) for n in (gna.text_first, gna.text_last) for i in range(0, n, keys)]
+    assert work.text_boxes == len(records) * len(pieces)
+    assert work.text_masked == len(records) * sum(piece < tiles.kv_slots for piece in pieces)
+
+
+@given(st.randoms(use_true_random=False))
+def test_order_of_the_records(rng):
+    gna, tiles = random_gna(rng, text=TEXT), random_tiles(rng)
+    records = work_records(gna, tiles)
+    is_text = records[:, KIND] > 0
+    assert not is_text[np.count_nonzero(is_text) :].any()
+    assert records[is_text][:, [KIND, 2]].tolist() == sorted(records[is_text][:, [KIND, 2]].tolist())
+    assert (records[is_text][:, LENGTHS] == PLAIN).all()
+    grid = records[~is_text].tolist()
+    cost = [-math.prod(record[BOXES]) * any(gna.causal) for record in grid]
+    keys = [(c, record[GROUP], record[START]) for c, record in zip(cost, grid, strict=True)]
+    assert keys == sorted(keys)
+
+
+@given(st.randoms(use_true_random=False))
+def test_window_table(rng):
+    gna = random_gna(rng, text=TEXT)
+    dims = padded_dims(gna)
+    windows, offsets = window_table(gna)
+    lengths = class_lengths(gna)
+    assert (windows.dtype, offsets.dtype) == (np.int32, np.int32)
+    assert windows.shape[1:] == (2,)
+    assert offsets.shape == (PLAIN + 1, 3)
+    used = set(work_records(gna, KernelTiles((1, 1, 64), 1, 2, (1, 1, 64), 64))[:, LENGTHS].tolist())
+    assert used == {c for c in range(PLAIN + 1) if offsets[c, 0] >= 0}
+    np.testing.assert_array_equal(offsets < 0, lengths < 0)
+    for c in used:
+        for axis, (length, window, stride, dilation, causal) in enumerate(dims):
+            short = c >> axis & 1
+            size = length if c == PLAIN else math.ceil(length / dilation) - short
+            rows = windows[offsets[c, axis] :][:size].tolist()
+            assert size == lengths[c, axis]
+            keys = [range(size)] * size if c == PLAIN else attended(size, window, stride, 1, causal)
+            assert rows == [[k[0], k[-1] + 1] for k in keys]
+
+
+def test_a_strided_window_needs_no_mask():
+    gna = GNA((30, 48, 80), (18, 24, 24), (16, 8, 8))
+    tiles = KernelTiles((1, 8, 8), 2, 0, (2, 8, 8), 128)
+    records = work_records(gna, tiles)
+    assert len(records) == 900
+    assert not records[:, MASKED].any()
+    assert count(gna, tiles).boxes * 128 * 128 == gna.kept_pairs()
+
+
+def test_sixteen_million_tokens_take_no_time():
+    gna = GNA((121, 360, 368), (24, 24, 24), text_last=512)
+    tiles = KernelTiles((4, 4, 4), 2, 0, (2, 8, 8), 128)
+    begin = time.perf_counter()
+    records = work_records(gna, tiles)
+    assert time.perf_counter() - begin < 2
+    work = count(gna, tiles)
+    assert len(records) == work.items > 125_000
+    assert np.prod(records[:, BOXES], axis=1, dtype=np.int64).sum() == work.boxes
+    assert time.perf_counter() - begin < 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"box": (1, 8, 9)}, "72 queries"),
+        ({"box": (0, 8, 8)}, "box"),
+        ({"kv_tile": (8, 16)}, "kv_tile"),
+        ({"groups": 5}, "groups=5"),
+        ({"groups": 0}, "groups=0"),
+        ({"split": 3}, "split=3"),
+        ({"kv_tile": (1, 8, 17)}, "kv_slots=128"),
+        ({"kv_slots": 100}, "kv_slots=100"),
+        ({"kv_slots": 0}, "kv_slots=0"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    shapes = {"box": (1, 8, 8), "groups": 2, "split": 1, "kv_tile": (1, 8, 16), "kv_slots": 128}
+    with pytest.raises(ValueError, match=message):
+        KernelTiles(**(shapes | change))
