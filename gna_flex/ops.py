@@ -123,10 +123,21 @@ def _gnas(
 
 def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Attention by the hand-written kernel; log-sum-exp in float32, natural logarithm."""
-    from gna_flex.cuda.forward import attention
-
     *lists, text_first, text_last, scale = rest
-    return attention(query, key, value, _gnas(*map(tuple, lists), text_first, text_last), scale)
+    shape = (query.shape[-1], query.dtype == torch.float16, query.device.index)
+    result: tuple[Tensor, Tensor] = _plan(*map(tuple, lists), text_first, text_last, *shape).run(
+        query, key, value, scale
+    )
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(*arguments: Any) -> Any:
+    """The plan of a call to the kernel, found by the numbers that operators take."""
+    from gna_flex.cuda.forward import Request, plan
+
+    *numbers, head_dim, float16, device = arguments
+    return plan(Request(_gnas(*numbers), head_dim, float16, device))
 
 
 def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -71,13 +71,20 @@ def choose_route(facts: Facts) -> Route:
     Raises:
         RuntimeError: if the forced route, or every route, cannot take the call; the message says why.
     """
-    if _forced is not None and _forced not in ROUTES:
-        raise ValueError(f"GNA_FLEX_BACKEND={_forced!r} is not a route; routes are {', '.join(ROUTES)}")
-    if _forced is not None:
-        obstacle = obstacle_to(_forced, facts)
+    # Dynamo traces through the cache, but warns.
+    choose = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
+    return choose(facts, _forced)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(facts: Facts, forced: str | None) -> Route:
+    if forced is not None and forced not in ROUTES:
+        raise ValueError(f"GNA_FLEX_BACKEND={forced!r} is not a route; routes are {', '.join(ROUTES)}")
+    if forced is not None:
+        obstacle = obstacle_to(forced, facts)
         if obstacle:
-            raise RuntimeError(f"the forced route cannot take this call:\n  {_forced}: {obstacle}")
-        return Route(_forced, "forced", ())
+            raise RuntimeError(f"the forced route cannot take this call:\n  {forced}: {obstacle}")
+        return Route(forced, "forced", ())
     rejected: tuple[tuple[str, str], ...] = ()
     possible: str | None = None
     for name in ROUTES:

@@ -1,19 +1,18 @@
 // Attention forward for Hopper (sm_90a): boxes of queries against boxes of keys, straight from the tokens' own order.
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a key slot), QUERY_STAGES, KEY_STAGES, CONSUMERS
-// (warpgroups of 64 queries), CLUSTER (1, or 2 CTAs that share their key boxes: each loads half of the columns for both),
-// FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// (warpgroups of 64 queries), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
 // "generated.cuh" has the two matrix multiplications for these sizes: mma_qk(s, q, k, accumulate) and mma_pv(o, p..., v).
 //
 // One CTA is a producer warpgroup, of which one thread works, and the consumer warpgroups. Each consumer owns a box of at
 // most 64 queries; all share the key boxes, which may start anywhere. The producer walks the key boxes of an item and sends
 // each with its coordinates and the kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of
-// their rows. Items are fetched from a counter, one ahead; clusters take every so many-th item.
+// their rows. Items are fetched from a counter, one ahead.
 #define kKeys KEYS
 #include "hopper/softmax.cuh"
 #include "hopper/generated.cuh"
 
-constexpr int kHeadDim = HEAD_DIM, kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES, kConsumers = CONSUMERS, kCluster = CLUSTER;
+constexpr int kHeadDim = HEAD_DIM, kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES, kConsumers = CONSUMERS;
 constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32, kChunks = kHeadDim / kColumns, kRowBytes = 2 * kColumns;
 constexpr int kRows = 64;  // queries of one warpgroup
 // Registers of a thread: at most 512 for the same thread of all warpgroups. The producer may spill, consumers must not;
@@ -21,7 +20,6 @@ constexpr int kRows = 64;  // queries of one warpgroup
 constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim >= 128 ? 232 : 224;
 constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 : 56;
 static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "head dims are multiples of 32 up to 256; pad others");
-static_assert(kCluster == 1 || kChunks % kCluster == 0, "each CTA of a cluster loads the same number of chunks");
 static_assert(kKeys % 16 == 0, "the second multiplication takes 16 keys at a time");
 
 // Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
@@ -45,9 +43,8 @@ struct Stage {
   }
 };
 
-// Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes. In a cluster addresses have the CTA's rank above.
+// Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes.
 __device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
-  if (kCluster > 1) address &= 0x3FFFF;
   return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kColumns == 64 ? 1ull : 2ull) << 62;
 }
 
@@ -73,22 +70,12 @@ __device__ __forceinline__ int first_column(const Address& at, int head, const i
   return column;
 }
 
-// One chunk after the other of a key box; in a cluster each CTA loads some of them for all.
-__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, u32 rank, int column, int c1, int c2, int c3, int c4) {
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int column, int c1, int c2, int c3, int c4) {
 #pragma unroll
-  for (int i = 0; i < kChunks; i++) {
-    if (kCluster == 1) tensor_load(to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
-    else if (i % kCluster == rank)
-      tensor_load_to((1 << kCluster) - 1, to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
-  }
+  for (int i = 0; i < kChunks; i++) tensor_load(to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
 }
 
-#if CLUSTER > 1
-#define CLUSTER_SHAPE __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define CLUSTER_SHAPE
-#endif
-extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(128 * (kConsumers + 1), 1)
+extern "C" __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
 gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 base = shared_address(shared);
@@ -103,8 +90,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kQueryStages; i++) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, kConsumers);
     for (int i = 0; i < kKeyStages; i++) {
-      barrier_init(k_full + 8 * i, 1), barrier_init(k_empty + 8 * i, 4 * kConsumers * kCluster);
-      barrier_init(v_full + 8 * i, 1), barrier_init(v_empty + 8 * i, 4 * kConsumers * kCluster);
+      barrier_init(k_full + 8 * i, 1), barrier_init(k_empty + 8 * i, 4 * kConsumers);
+      barrier_init(v_full + 8 * i, 1), barrier_init(v_empty + 8 * i, 4 * kConsumers);
     }
     barrier_init_done();
   }
@@ -114,17 +101,14 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     fence_async();
   }
   __syncthreads();
-  const u32 rank = kCluster > 1 ? cluster_rank() : 0;
-  if (kCluster > 1) cluster_sync();
 
   if (warpgroup == 0) {  // ---------------- producer
     give_registers<kProducerRegisters>();
     if (threadIdx.x != 0) return;
     Stage K{0, 1}, V{0, 1}, Q{0, 1};
     const u32 key_bytes = box_keys * kRowBytes * kChunks;
-    for (int w = blockIdx.x / kCluster, next;; w = next, Q.next(kQueryStages)) {
-      // Used only after this item's loads, which hides its latency.
-      next = kCluster > 1 ? w + gridDim.x / kCluster : atomicAdd(P.counters, 1) + gridDim.x;
+    for (int w = blockIdx.x, next;; w = next, Q.next(kQueryStages)) {
+      next = atomicAdd(P.counters, 1) + gridDim.x;  // used only after this item's loads, which hides its latency
       if (w >= P.total) {
         barrier_wait(q_empty + 8 * Q.index, Q.phase);
         work[Q.index].boxes = 0;
@@ -173,7 +157,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         }
         barrier_expect(k_full + 8 * K.index, key_bytes);
         const int column = is_text ? key_head * P.k.head_column : k_column;
-        load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[set], k_full + 8 * K.index, rank, column, c2, c1, c0, k_place);
+        load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[set], k_full + 8 * K.index, column, c2, c1, c0, k_place);
         K.next(kKeyStages);
       };
       load_keys();
@@ -188,11 +172,11 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       work[Q.index] = Work{boxes, head, {I.query[0], I.query[1], I.query[2]}, lengths, I.kind, I.masked, first_column(P.o, h, I.group), token, gna * P.window_rows};
       barrier_expect(q_full + 8 * Q.index, kConsumers * rows * kRowBytes * kChunks);
       for (int i = 0; i < kConsumers * kChunks; i++) {
-        const int g = i % kConsumers, chunk = i / kConsumers, place = rank * kConsumers + g;
+        const int g = i % kConsumers, chunk = i / kConsumers;
         const bool is_text = TEXT && I.kind;
         tensor_load(base + kQueries + Q.index * kQueryBytes + chunk * kQueryChunk + g * kRows * kRowBytes, &maps.q[q_set], q_full + 8 * Q.index,
-                    q_column + chunk * kColumns, I.query[2] + place * (is_text ? kRows : P.beside[2]),
-                    I.query[1] + place * (is_text ? 0 : P.beside[1]), I.query[0] + place * (is_text ? 0 : P.beside[0]), q_place);
+                    q_column + chunk * kColumns, I.query[2] + g * (is_text ? kRows : P.beside[2]),
+                    I.query[1] + g * (is_text ? 0 : P.beside[1]), I.query[0] + g * (is_text ? 0 : P.beside[0]), q_place);
       }
 
       // Each box's values follow the next box's keys.
@@ -206,19 +190,18 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         barrier_wait(v_empty + 8 * V.index, V.phase);
         barrier_expect(v_full + 8 * V.index, key_bytes);
         const int column = TEXT && v_set >= MAP_SETS ? key_head * P.v.head_column : v_column;
-        load_box(base + kValues + V.index * kKeyBytes, &maps.v[v_set], v_full + 8 * V.index, rank, column, v2, v1, v0, v_place);
+        load_box(base + kValues + V.index * kKeyBytes, &maps.v[v_set], v_full + 8 * V.index, column, v2, v1, v0, v_place);
         V.next(kKeyStages);
       }
     }
     // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
-    if (kCluster > 1) cluster_sync();  // the peer may still signal this CTA's barriers
-    else if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
+    if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
     return;
   }
 
   // ---------------- consumers
   take_registers<kConsumerRegisters>();
-  const int consumer = warpgroup - 1, place = rank * kConsumers + consumer, lane_class = lane % 4;
+  const int consumer = warpgroup - 1, lane_class = lane % 4;
   Stage K{0, 0}, V{0, 0}, Q{0, 0};
   float o[kHeadDim / 2];
   u32 p[kKeys / 4];
@@ -228,8 +211,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   int2 window[2][3];
 
   auto release = [&](u32 bar) {
-    if (kCluster == 1 && lane == 0) barrier_arrive(bar);
-    if (kCluster > 1 && lane < kCluster) barrier_arrive_at(bar, lane);
+    if (lane == 0) barrier_arrive(bar);
   };
   auto row_of = [&](int r) { return warp * 16 + lane / 4 + 8 * r; };
   auto is_text = [&](const Work& w) { return TEXT && w.kind; };
@@ -242,8 +224,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   }
   // Position of a thread's row r in dimension d.
   auto position = [&](const Work& w, int r, int d) {
-    if (is_text(w)) return d == 2 ? w.query[2] + place * kRows + row_of(r) : 0;
-    return w.query[d] + place * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
+    if (is_text(w)) return d == 2 ? w.query[2] + consumer * kRows + row_of(r) : 0;
+    return w.query[d] + consumer * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
   };
   auto rows_of = [&](int stage) { return base + kQueries + stage * kQueryBytes + consumer * kRows * kRowBytes; };
 
@@ -332,8 +314,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       const int b = W.head / P.heads, h = W.head % P.heads, set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
       const int step0 = is_text(W) ? 0 : P.beside[0], step1 = is_text(W) ? 0 : P.beside[1], step2 = is_text(W) ? kRows : P.beside[2];
       for (int i = 0; i < kChunks; i++)
-        tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + place * step2,
-                     W.query[1] + place * step1, W.query[0] + place * step0, h * P.o.head_place + b * P.o.batch_place);
+        tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
+                     W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
       stores_read();
       barrier_arrive(q_empty + 8 * Q.index);
     }
@@ -377,8 +359,4 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     write_output();
   }
   if (threadIdx.x % 128 == 0) stores_done();
-  if (kCluster > 1) {
-    __syncwarp();
-    cluster_sync();
-  }
 }

@@ -18,13 +18,6 @@ __device__ __forceinline__ void barrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// At the same barrier of another CTA of the cluster. (A release at cluster scope would fence all memory of the GPU; slots
-// that matrix multiplications have read need none.)
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank) : "memory");
-}
-
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -46,16 +39,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // ---- tensor copies: coordinates are signed; places outside of the tensor load zeros and are not stored
 
 struct alignas(64) TensorMap { u64 words[16]; };
@@ -64,14 +47,6 @@ __device__ __forceinline__ void tensor_load(u32 to, const TensorMap* map, u32 ba
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
                ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
-}
-
-// To the same place of every CTA of the cluster in `ctas` (one bit each), each of which counts the bytes.
-__device__ __forceinline__ void tensor_load_to(
-    unsigned short ctas, u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3, int c4) {
-  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-               " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;"
-               ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(ctas) : "memory");
 }
 
 __device__ __forceinline__ void tensor_store(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3, int c4) {

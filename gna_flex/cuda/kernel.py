@@ -23,7 +23,6 @@ class Config:
         dilated: whether a dimension is dilated.
         map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
         text: whether there are text tokens.
-        cluster: CTAs that share their key boxes, 1 or 2.
         bounded_waits: polls after which a wait traps; 0 is for ever. For debugging.
     """
 
@@ -37,7 +36,6 @@ class Config:
     map_sets: int = 1
     text: bool = False
     bounded_waits: int = 0
-    cluster: int = 1
 
     @property
     def columns(self) -> int:
@@ -49,7 +47,7 @@ class Config:
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> Config(128).shared_bytes
-        199232
+        198960
         """
         mask_words = -(-self.keys // 128)
         queries = self.query_stages * self.consumers * 64 * self.head_dim * 2
@@ -65,7 +63,6 @@ class Config:
             "CONSUMERS": self.consumers,
             "QUERY_STAGES": self.query_stages,
             "KEY_STAGES": self.key_stages,
-            "CLUSTER": self.cluster,
             "FLOAT16": int(self.float16),
             "DILATED": int(self.dilated),
             "MAP_SETS": self.map_sets,

@@ -111,14 +111,14 @@ def random_tiles(rng: random.Random, gna: GNA, config: Config) -> KernelTiles:
         return a, b, rng.randint(max(1, most // (a * b) // 2), most // (a * b))
 
     split = rng.choice(range(3 - gna.ndim, 3))
-    return KernelTiles(box(64), config.consumers * config.cluster, split, box(config.keys), config.keys)
+    return KernelTiles(box(64), config.consumers, split, box(config.keys), config.keys)
 
 
 CONFIGS = (
     Config(128, 96),
     Config(128, 160, query_stages=1),
     Config(64, 192),
-    Config(64, 128, consumers=3, key_stages=3),
+    Config(64, 112, consumers=3, key_stages=3),
     Config(32, 128, key_stages=3),
     Config(96, 128),
     Config(256, 64, query_stages=1),
