@@ -261,10 +261,21 @@ def test_narrow_tables_are_narrower(monkeypatch):
     wide = gna_mask(gna, q_block=8, kv_block=8, device="cpu")
     monkeypatch.setattr(mask, "FULL_WIDTH_ENTRIES", 1)
     narrow = gna_mask(gna, q_block=8, kv_block=8, device="cpu")
-    for counts, indices in LISTS:
-        assert getattr(wide, indices).shape[-1] == 80
-        assert getattr(narrow, indices).shape[-1] == max(1, getattr(narrow, counts).max())
+    for side in (LISTS[:2], LISTS[2:]):
+        # torch's kernels find rows of the full blocks with the strides of the partial ones, so all are equally wide.
+        longest = max(1, *(int(getattr(narrow, counts).max()) for counts, _ in side))
+        for _, indices in side:
+            assert getattr(wide, indices).shape[-1] == 80
+            assert getattr(narrow, indices).shape[-1] == longest
+            assert getattr(narrow, indices).stride() == getattr(narrow, side[0][1]).stride()
     assert_same_lists(narrow, wide)
+
+
+@pytest.mark.parametrize("order", ["row-major", "tiles"])
+def test_tables_of_a_real_model_have_equal_strides(order):
+    ours = gna_mask(GNA((30, 48, 80), (18, 24, 24), (16, 8, 8)), order=order, device="cpu")
+    assert ours.full_kv_indices.stride() == ours.kv_indices.stride()
+    assert ours.full_q_indices.stride() == ours.q_indices.stride()
 
 
 @pytest.mark.parametrize("number", range(3))

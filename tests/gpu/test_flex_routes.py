@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 
 import gna_flex
 from gna_flex import GNA, flex_attention, gna_mask, reference_attention
+from gna_flex.presets import preset
 
 pytestmark = pytest.mark.gpu
 
@@ -215,3 +216,27 @@ def test_many_masks_in_one_compiled_function_stay_fused() -> None:
         attend(q, k, v, mask)
         peak = torch.cuda.max_memory_allocated() - before
         assert peak < 1 << 30, f"window {window}: {peak / 2**30:.1f} GiB; dense scores would take 4 GiB"
+
+
+@pytest.mark.parametrize("route", ["flex-tiles", "flex"])
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-sliding", "hunyuan-video-text", "flux-4k-sliding"])
+def test_real_sizes_at_sampled_queries(name: str, route: str) -> None:
+    """Masks of so many blocks have tables that are narrower than a row of blocks."""
+    gna = preset(name).gna
+    q, k, v = (torch.randn(1, 2, gna.tokens, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in "qkv")
+    mask = gna_mask(gna, device="cuda")
+    with gna_flex.backend(route):
+        out = flex_attention(q, k, v, block_mask=mask)
+        grads = torch.autograd.grad(out.float().square().sum() / 2, (q, k, v))
+    assert all(grad.isfinite().all() for grad in grads)
+    rows = torch.randint(gna.tokens, (128,), device="cuda")
+    zero, keys = torch.zeros((), device="cuda", dtype=torch.int64), torch.arange(gna.tokens, device="cuda")
+    keep = mask.mask_mod(zero, zero, rows[:, None], keys)
+    scores = (q[:, :, rows].double() @ k.double().mT / 8).masked_fill(~keep, -torch.inf)
+    exact = scores.softmax(-1) @ v.double()
+    assert (out[:, :, rows].double() - exact).norm() / exact.norm() < 5e-3
+    # With the output as its own gradient, a query's gradient needs nothing but its own row.
+    weights, grad_out = scores.softmax(-1), out[:, :, rows].double()
+    delta = (grad_out * out[:, :, rows].double()).sum(-1, keepdim=True)
+    exact_dq = (weights * (grad_out @ v.double().mT - delta)) @ k.double() / 8
+    assert (grads[0][:, :, rows].double() - exact_dq).norm() / exact_dq.norm() < 2e-2
