@@ -70,7 +70,10 @@ class Relation(Protocol):
 
 
 def block_lists(relation: Relation, width: int | None = None) -> BlockLists:
-    """The lists of all rows of a relation, in tables of ``width`` columns (``None``: as narrow as possible)."""
+    """The lists of all rows of a relation, in tables of ``width`` columns (``None``: as narrow as possible).
+
+    Both are equally wide: torch's Triton kernels find rows of the full blocks with the strides of the partial ones.
+    """
     columns = relation.columns
     dtype = np.int32 if ROWS_AT_ONCE * columns < 2**31 else np.int64
     partial, full = [], []
@@ -86,6 +89,8 @@ def block_lists(relation: Relation, width: int | None = None) -> BlockLists:
         bounds = (np.arange(len(rows) + 1) * columns).astype(dtype)
         partial.append((np.diff(np.searchsorted(seen, bounds)), seen))
         full.append((np.diff(np.searchsorted(kept, bounds)), kept))
+    if width is None:
+        width = max(1, *(int(counts.max()) for counts, _ in (*partial, *full)))
     return BlockLists(*_pack(partial, columns, width), *_pack(full, columns, width))
 
 
@@ -381,10 +386,10 @@ def _progression(start: Array, step: int, counts: Array) -> Array:
     return values
 
 
-def _pack(parts: list[tuple[Array, Array]], columns: int, width: int | None) -> tuple[Array, Array]:
+def _pack(parts: list[tuple[Array, Array]], columns: int, width: int) -> tuple[Array, Array]:
     """Counts of all rows, and one table of their columns from sorted ``row * columns + column``."""
     longest = max(int(counts.max()) for counts, _ in parts)
-    table = np.zeros((sum(len(counts) for counts, _ in parts), width or max(longest, 1)), dtype=np.int32)
+    table = np.zeros((sum(len(counts) for counts, _ in parts), width), dtype=np.int32)
     begin = 0
     for counts, keys in parts:
         base = (np.arange(len(counts)) * columns).astype(keys.dtype)

@@ -417,14 +417,11 @@ def _all_partial(lists: BlockLists) -> BlockLists:
 
 
 def _stack(plan: MaskPlan, lists: list[BlockLists], device: torch.device) -> list[Tensor]:
-    """The four arrays of every head as tensors ``[B, H, rows(, width)]``.
-
-    All tables have one width: torch's Triton kernels find rows of the full blocks with the strides of the partial ones.
-    """
+    """The four arrays of every head as tensors ``[B, H, rows(, width)]``, tables equally wide as in each head."""
     tensors = []
     width = max(array.shape[1] for arrays in lists for array in arrays if array.ndim == 2)
     for arrays in zip(*lists, strict=True):
-        if arrays[0].ndim == 2:
+        if arrays[0].ndim == 2 and any(array.shape[1] < width for array in arrays):
             arrays = tuple(np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays)
         table = torch.from_numpy(np.stack(arrays) if len(arrays) > 1 else arrays[0][None])[None].to(device)
         tensors.append(table.expand(plan.batch or 1, plan.heads or len(plan.gnas), *table.shape[2:]))
