@@ -1,4 +1,4 @@
-"""Blocks of a whole mask, listed and counted a few thousand rows at a time."""
+"""Blocks of a whole mask, listed a few thousand rows at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, Runs, TiledRelation, block_lists
 from gna_flex.intervals import key_interval
 from gna_flex.neighborhood import GNA, Ints
-from gna_flex.tiling import TileCounts, TileOrder
+from gna_flex.tiling import TileOrder
 
 NATURAL_BLOCK = 128
 """Tokens per block in natural order, as torch's ``create_block_mask`` has them."""
@@ -49,12 +49,3 @@ def listed_blocks(relation: Relation) -> int:
     rows = min(SAMPLE_ROWS, relation.rows)
     lists = block_lists(_SomeRows(relation, (relation.rows - rows) // 2, rows))
     return int(lists.full_counts.sum() + lists.partial_counts.sum()) * relation.rows // rows
-
-
-def natural_counts(relation: Relation) -> TileCounts:
-    """Full, partial and all blocks of a relation, counted."""
-    full = partial = 0
-    for _, lists in lists_by_rows(relation):
-        full += int(lists.full_counts.sum())
-        partial += int(lists.partial_counts.sum())
-    return TileCounts(full=full, partial=partial, total=relation.rows * relation.columns)

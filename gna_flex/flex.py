@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -245,7 +246,8 @@ def eager_attention(
     grad = wants_grad(query, key, value)
     # Tensors that a score_mod captures may want gradients, which the CPU kernel would drop without a word.
     grad = grad or (score_mod is not None and query.device.type == "cpu" and torch.is_grad_enabled())
-    route = route_of(
+    ask = functools.partial(
+        route_of,
         query,
         key,
         mask,
@@ -257,6 +259,7 @@ def eager_attention(
         wants_maximum=top,
         scale=scale,
     )
+    route = ask()
     if route.name == "hopper":
         try:
             return (*kernel_attention(query, key, value, mask, scale), None)
@@ -265,7 +268,7 @@ def eager_attention(
             if isinstance(error, torch.OutOfMemoryError) or forced():
                 raise
             kernels.give_up(error)
-            route = route_of(query, key, mask, needs_grad=grad, wants_stats=lse or top, kernel_options=kernel_options)
+            route = ask()
     if route.name == "reference":
         return reference(query, key, value, mask, score_mod, scale)
     tiles = mask.tiles if route.name == "flex-tiles" else None

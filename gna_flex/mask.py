@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -159,8 +160,10 @@ class GNABlockMask(BlockMask):
 
     def tiles_pay(self, compiling: bool = False) -> bool:
         """Whether tile order is predicted to be faster than the tokens as given, permutations included."""
-        if compiling:
-            return self._tiles_pay
+        return self._tiles_pay if compiling else self._predicted_to_pay
+
+    @functools.cached_property
+    def _predicted_to_pay(self) -> bool:
         if not _can_tile(self.plan):
             return False
         blocks = len(self.plan.gnas) * self.plan.block_counts[0]

@@ -101,6 +101,12 @@ _library.define(
 )
 
 
+def _masks(numbers: Any) -> tuple[GNA, ...]:
+    """One GNA, or one per head, from the numbers of an operator: five lists, text before and after."""
+    *lists, text_first, text_last = numbers
+    return _gnas(*map(tuple, lists), text_first, text_last)
+
+
 @functools.lru_cache(maxsize=1024)
 def _gnas(
     layout: tuple[int, ...],
@@ -142,14 +148,18 @@ def _plan(*arguments: Any) -> Any:
 
 def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The reference, where there is no kernel."""
-    *lists, text_first, text_last, scale = rest
-    mod = mask_mod(_gnas(*map(tuple, lists), text_first, text_last))
-    out, lse, _ = reference_attention(query, key, value, mod, scale=scale)
+    *numbers, scale = rest
+    out, lse, _ = reference_attention(query, key, value, mask_mod(_masks(numbers)), scale=scale)
     return torch.empty_like(query).copy_(out), lse.float()
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+_library.impl("attention", _attention_cuda, "CUDA")
+_library.impl("attention", _attention_cpu, "CPU")
+torch.library.register_fake("gna_flex::attention", _attention_fake, lib=_library)
 
 
 _library.define(
@@ -164,21 +174,19 @@ def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by FlexAttention's backward, which needs no forward of its own."""
     from gna_flex.flex_backward import flex_backward
 
-    *tensors, layout, window, stride, dilation, causal, text_first, text_last, scale = arguments
-    gnas = _gnas(*map(tuple, (layout, window, stride, dilation, causal)), text_first, text_last)
-    query, key, value, out, lse, grad_out, grad_lse = tensors
-    return _like(flex_backward(gnas, query, key, value, out, lse, grad_out, grad_lse, scale), tensors)
+    query, key, value, out, lse, grad_out, grad_lse, *numbers, scale = arguments
+    grads = flex_backward(_masks(numbers), query, key, value, out, lse, grad_out, grad_lse, scale)
+    return _like(grads, arguments)
 
 
 def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The reference once more, with gradients."""
-    *tensors, layout, window, stride, dilation, causal, text_first, text_last, scale = arguments
-    mod = mask_mod(_gnas(*map(tuple, (layout, window, stride, dilation, causal)), text_first, text_last))
+    query, key, value, _, _, grad_out, grad_lse, *numbers, scale = arguments
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in tensors[:3]]
-        out, lse, _ = reference_attention(inputs[0], inputs[1], inputs[2], mod, scale=scale)
-        grads = torch.autograd.grad((out, lse), inputs, (tensors[5].to(out.dtype), tensors[6].to(lse.dtype)))
-    return _like(grads, tensors)
+        query, key, value = inputs = tuple(x.detach().requires_grad_() for x in (query, key, value))
+        out, lse, _ = reference_attention(query, key, value, mask_mod(_masks(numbers)), scale=scale)
+        grads = torch.autograd.grad((out, lse), inputs, (grad_out.to(out.dtype), grad_lse.to(lse.dtype)))
+    return _like(grads, arguments)
 
 
 def _like(grads: Any, tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,16 +214,12 @@ _library.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake("gna_flex::attention_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("gna_flex::attention", _attention_gradients, setup_context=_save, lib=_library)
 
-_library.impl("attention", _attention_cuda, "CUDA")
-_library.impl("attention", _attention_cpu, "CPU")
-torch.library.register_fake("gna_flex::attention", _attention_fake, lib=_library)
-
 
 @register_flop_formula(torch.ops.gna_flex.attention)
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
     """Multiplications and additions of the kept pairs: two products of ``D`` for each."""
-    *lists, text_first, text_last, _ = rest
-    gnas = _gnas(*map(tuple, lists), text_first, text_last)
+    *numbers, _ = rest
+    gnas = _masks(numbers)
     batch, heads, _, head_dim = query
     pairs = sum(gna.kept_pairs() for gna in gnas) * (heads if len(gnas) == 1 else 1)
     return int(4 * batch * pairs * head_dim)

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gna_flex.neighborhood import GNA, Ints
-from gna_flex.simulate import TILINGS, plain_text, simulate, tile_of
+from gna_flex.simulate import TILINGS, simulate, tile_of
 from gna_flex.tiling import TileOrder, choose_tile
-from gna_flex.words import by_x, times
+from gna_flex.words import by_x, plain_text, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from gna_flex.simulate import Simulation, simulate
 from gna_flex.symbolic.proof import Proof, Refutation
 from gna_flex.symbolic.prove import prove
 from gna_flex.tiling import PARTIAL_COST, TileCounts, TileOrder, choose_tile, tile_counts
-from gna_flex.words import amount, by_x, percent, times
+from gna_flex.words import amount, by_x, percent, plain_text, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -251,12 +250,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip("\n")
+        return plain_text(self)
 
     def _tile_name(self) -> str:
         if self.tiles is None or self.tiles.q_tile is None or self.tiles.kv_tile is None:

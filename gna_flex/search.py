@@ -14,10 +14,10 @@ import numpy as np
 from gna_flex.intervals import ceil_div
 from gna_flex.neighborhood import GNA, Bools, Ints, as_int, per_dim
 from gna_flex.predict import Call, checked_call, predict, prices
-from gna_flex.simulate import plain_text, simulate, text_tiles
+from gna_flex.simulate import simulate, text_tiles
 from gna_flex.sweep import Array, Pairs, Tile, check_factors, dimension_tables, prune_strides, tile_pairs
 from gna_flex.tiling import TileOrder, grid_tiles, text_block_counts
-from gna_flex.words import by_x, percent, times
+from gna_flex.words import by_x, percent, plain_text, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,7 +12,6 @@ are no products; they are counted in runs, about one for each line of the grid t
 from __future__ import annotations
 
 import functools
-import io
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from gna_flex.blocks import ROWS_AT_ONCE, RangeBoxes, RowMajorRelation, Runs, co
 from gna_flex.intervals import ceil_div, group_length, key_interval
 from gna_flex.neighborhood import GNA, Ints, as_int, per_dim
 from gna_flex.tiling import TileOrder, grid_tiles, text_block_counts
-from gna_flex.words import amount, by_x, percent, times
+from gna_flex.words import amount, by_x, percent, plain_text, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,16 +164,6 @@ def _bins(histogram: Histogram) -> list[tuple[int, int, int]]:
     for visited, count in histogram:
         counts[(visited - low) // width] += count
     return [(low + row * width, min(low + (row + 1) * width - 1, high), counts[row]) for row in sorted(counts)]
-
-
-def plain_text(result: RenderableType, width: int = 100) -> str:
-    """What a console without colours shows."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    with console.capture() as capture:
-        console.print(result)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
 
 
 def simulate(gna: GNA, q_tile: Ints, kv_tile: Ints | None = None, tiling: str = "static") -> Simulation:

@@ -1,9 +1,13 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and tables as plain text."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def by_x(values: Iterable[Any]) -> str:
@@ -42,3 +46,13 @@ def times(factor: float) -> str:
     ('11.11x', '0.94x', '11,869x')
     """
     return f"{factor:,.0f}x" if factor >= 1000 else f"{factor:.{2 if factor < 100 else 1}f}x"
+
+
+def plain_text(result: RenderableType, width: int = 100) -> str:
+    """What a console without colours shows."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(result)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))

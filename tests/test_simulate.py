@@ -13,17 +13,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gna_flex import GNA
-from gna_flex.blocks import ROWS_AT_ONCE, RowMajorRelation
-from gna_flex.counts import natural_counts
+from gna_flex.blocks import ROWS_AT_ONCE, Relation, RowMajorRelation
+from gna_flex.counts import lists_by_rows
 from gna_flex.intervals import key_interval
 from gna_flex.simulate import TILINGS, dimension_counts, end_to_end, simulate
-from gna_flex.tiling import tile_counts
+from gna_flex.tiling import TileCounts, tile_counts
 
 PUBLISHED = json.loads((Path(__file__).parent / "data/published_simulator.json").read_text())
 ROWS = [(case, row) for case in PUBLISHED["cases"] for row in case["rows"]]
 HUNYUAN = ((30, 48, 80), (18, 24, 24))
 FLUX = ((256, 256), 80)
 COSMOS = ((16, 44, 80), (16, 32, 48))
+
+
+def natural_counts(relation: Relation) -> TileCounts:
+    """Full, partial and all blocks of a relation, counted."""
+    full = partial = 0
+    for _, lists in lists_by_rows(relation):
+        full += int(lists.full_counts.sum())
+        partial += int(lists.partial_counts.sum())
+    return TileCounts(full=full, partial=partial, total=relation.rows * relation.columns)
 
 
 def rounded(value: float, digits: int) -> float:

@@ -1,7 +1,8 @@
 // Attention forward for Hopper (sm_90a): boxes of queries against boxes of keys, straight from the tokens' own order.
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a key slot), QUERY_STAGES, KEY_STAGES, CONSUMERS
-// (warpgroups of 64 queries), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// (warpgroups of 64 queries), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there
+// may be text), BOUNDED_WAITS (debug).
 // "generated.cuh" has the two matrix multiplications for these sizes: mma_qk(s, q, k, accumulate) and mma_pv(o, p..., v).
 //
 // One CTA is a producer warpgroup, of which one thread works, and the consumer warpgroups. Each consumer owns a box of at
@@ -214,7 +215,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     if (lane == 0) barrier_arrive(bar);
   };
   auto row_of = [&](int r) { return warp * 16 + lane / 4 + 8 * r; };
-  auto is_text = [&](const Work& w) { return TEXT && w.kind; };
+  auto is_text = [&] { return TEXT && W.kind; };
   // Coordinates of this thread's two rows in the box, 8 bits each; those of rows beyond it are some or other.
   u32 in_box[2];
 #pragma unroll
@@ -223,11 +224,11 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     in_box[r] = i / (P.box[2] * P.box[1]) | i / P.box[2] % P.box[1] << 8 | i % P.box[2] << 16;
   }
   // Position of a thread's row r in dimension d.
-  auto position = [&](const Work& w, int r, int d) {
-    if (is_text(w)) return d == 2 ? w.query[2] + consumer * kRows + row_of(r) : 0;
-    return w.query[d] + consumer * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
+  auto position = [&](int r, int d) {
+    if (is_text()) return d == 2 ? W.query[2] + consumer * kRows + row_of(r) : 0;
+    return W.query[d] + consumer * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
   };
-  auto rows_of = [&](int stage) { return base + kQueries + stage * kQueryBytes + consumer * kRows * kRowBytes; };
+  auto query_rows = [&] { return base + kQueries + Q.index * kQueryBytes + consumer * kRows * kRowBytes; };
 
   // Begins an item: no output yet, and the windows of this thread's rows.
   auto begin = [&] {
@@ -240,8 +241,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
 #pragma unroll
       for (int d = 0; d < 3; d++) {
         const int length = P.length[W.lengths][d];
-        window[r][d] = is_text(W) ? make_int2(0, length)
-                                  : P.windows[W.windows + P.window_row[W.lengths][d] + min(position(W, r, d), length - 1)];
+        window[r][d] = is_text() ? make_int2(0, length)
+                                  : P.windows[W.windows + P.window_row[W.lengths][d] + min(position(r, d), length - 1)];
       }
   };
   // Issues the scores of the next key box, and the last weights times the next values.
@@ -280,15 +281,15 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       rows.rescale[r] = reciprocal(rows.sum[r]);
       bool exists = lane_class == 0;
       int token = W.token;
-      if (is_text(W)) {
-        const int at = position(W, r, 2);
+      if (is_text()) {
+        const int at = position(r, 2);
         exists &= at < P.text_tokens[W.kind - 1];
         token += at;
       } else {
         exists &= row_of(r) < P.box[0] * P.box[1] * P.box[2];
 #pragma unroll
         for (int d = 0; d < 3; d++) {
-          const int at = position(W, r, d);
+          const int at = position(r, d);
           exists &= at < P.length[W.lengths][d];
           token += at * P.token_stride[d];
         }
@@ -299,7 +300,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   };
   // The output, through this warpgroup's rows of the query slot, stored as one box.
   auto write_output = [&] {
-    const u32 q_rows = rows_of(Q.index);
+    const u32 q_rows = query_rows();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
       const int x = 8 * i, row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
@@ -311,8 +312,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     fence_async();
     named_barrier(1 + consumer, 128);
     if (threadIdx.x % 128 == 0) {
-      const int b = W.head / P.heads, h = W.head % P.heads, set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
-      const int step0 = is_text(W) ? 0 : P.beside[0], step1 = is_text(W) ? 0 : P.beside[1], step2 = is_text(W) ? kRows : P.beside[2];
+      const int b = W.head / P.heads, h = W.head % P.heads, set = is_text() ? MAP_SETS + W.kind - 1 : W.lengths;
+      const int step0 = is_text() ? 0 : P.beside[0], step1 = is_text() ? 0 : P.beside[1], step2 = is_text() ? kRows : P.beside[2];
       for (int i = 0; i < kChunks; i++)
         tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
                      W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
@@ -325,7 +326,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_wait(q_full + 8 * Q.index, Q.phase);
     W = work[Q.index];
     if (W.boxes == 0) break;
-    const u32 q_rows = rows_of(Q.index);
+    const u32 q_rows = query_rows();
     begin();
     // First key box, nothing else in flight.
     {

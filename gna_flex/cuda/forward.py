@@ -211,7 +211,7 @@ class Plan:
         params.counters, params.lse = _counters(self.request.device, stream).data_ptr(), lse.data_ptr()
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale_log2 = (scale if scale else SMALLEST_SCALE) * LOG2_E
-        params.total = params.items_per_head * q.shape[0] * q.shape[1]
+        params.total = _small("work items", params.items_per_head * q.shape[0] * q.shape[1])
         params.heads, params.queries_per_key_head = q.shape[1], q.shape[1] // k.shape[1]
         return driver.Arguments(maps, params)
 
@@ -225,7 +225,7 @@ class Plan:
         groups = [token * n for n in self.token_strides]
         dilation = [dim[3] for dim in padded_dims(self.gna)]
         columns = head_dim + (0 if places else (heads - 1) * head_stride)
-        columns += sum((d - 1) * group for d, group in zip(dilation, groups, strict=True))
+        columns = _small("columns", columns + sum((d - 1) * n for d, n in zip(dilation, groups, strict=True)))
         tiles, chunk = self.tiles, self.config.columns
         box = tiles.kv_tile if is_keys else tiles.box
 
@@ -254,6 +254,17 @@ class Plan:
                 encode(self.config.map_sets + after, start, (1, 1, count), line, text_box, wide)
         head_column, head_place, batch_place = (0, 1, heads) if places else (head_stride, 0, 1)
         return Address(head_column, head_place, batch_place, Int3(*groups))
+
+
+def _small(name: str, number: int) -> int:
+    """A number that fits the 32 bits that the kernel has for it, as larger ones would wrap around.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if number >= 1 << 31:
+        raise ValueError(f"{number} {name}: the hopper kernel counts up to 2**31; backend('flex-tiles') takes the call")
+    return number
 
 
 def is_dense(x: Tensor) -> bool:

@@ -338,18 +338,7 @@ def evaluate(root: Node, leaf: Callable[[Node], Array], order: list[Node] | None
 
 def inner_nodes(root: Node) -> list[Node]:
     """Every node of a simplified expression, leaves as they are."""
-    done: dict[Node, None] = {}
-    stack = [(root, False)]
-    while stack:
-        node, ready = stack.pop()
-        if node in done:
-            continue
-        if ready or node.op == "leaf":
-            done[node] = None
-        else:
-            stack.append((node, True))
-            stack += [(arg, False) for arg in reversed(node.args) if arg not in done]
-    return list(done)
+    return nodes_of(root, ("leaf",))
 
 
 def rows(root: Node, q_count: int, k_count: int) -> Iterator[tuple[int, Array]]:

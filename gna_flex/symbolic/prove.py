@@ -13,6 +13,9 @@ from gna_flex.symbolic.lemmas import TILINGS, Case, Condition, Tiling, cases, gr
 from gna_flex.symbolic.neighborhood import Number, Numbers, SymbolicGNA, numbers
 from gna_flex.symbolic.proof import Argument, Branch, Dimension, Group, Proof, Refutation, Step
 
+Dim = tuple[Number, Number, Number, Number, bool]
+"""Length, window, stride, dilation and causality of one dimension."""
+
 
 def prove(
     gna: GNA | SymbolicGNA, q_tile: Numbers, kv_tile: Numbers | None = None, tiling: Tiling = "static"
@@ -48,7 +51,7 @@ def prove(
     kv_tiles = q_tiles if kv_tile is None else tile_numbers("kv_tile", kv_tile, gna)
     check_tiling(tiling)
     dimensions = tuple(
-        _dimension(axis, *dim, tq, tk, tiling)
+        _dimension(axis, dim, tq, tk, tiling)
         for axis, (dim, tq, tk) in enumerate(zip(gna.dims(), q_tiles, kv_tiles, strict=True))
     )
     question = Argument(gna, q_tiles, kv_tiles, tiling, dimensions)
@@ -109,35 +112,14 @@ def check_tiling(tiling: str) -> None:
         raise ValueError(f"tiling={tiling!r}: must be one of {', '.join(map(repr, TILINGS))}")
 
 
-def _dimension(
-    axis: int,
-    length: Number,
-    window: Number,
-    stride: Number,
-    dilation: Number,
-    causal: bool,
-    tq: Number,
-    tk: Number,
-    tiling: Tiling,
-) -> Dimension:
-    groups = tuple(
-        _group(size, length, window, stride, dilation, causal, tq, tk, tiling)
-        for size in group_lengths(length, dilation)
-    )
-    return Dimension(axis, length, window, stride, dilation, causal, tq, tk, groups)
+def _dimension(axis: int, dim: Dim, tq: Number, tk: Number, tiling: Tiling) -> Dimension:
+    length, _, _, dilation, _ = dim
+    groups = tuple(_group(size, dim, tq, tk, tiling) for size in group_lengths(length, dilation))
+    return Dimension(axis, *dim, tq, tk, groups)
 
 
-def _group(
-    size: Number,
-    length: Number,
-    window: Number,
-    stride: Number,
-    dilation: Number,
-    causal: bool,
-    tq: Number,
-    tk: Number,
-    tiling: Tiling,
-) -> Group:
+def _group(size: Number, dim: Dim, tq: Number, tk: Number, tiling: Tiling) -> Group:
+    length, window, stride, dilation, causal = dim
     found = cases(size, window, stride, causal, tq, tk, tiling)
     if all(isinstance(x, int) for x in (size, window, stride, tq, tk)):
         case = next(case for case in found if all(guard.holds for guard in case.guards))

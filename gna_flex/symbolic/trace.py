@@ -63,15 +63,18 @@ def constant(value: Any, dtype: torch.dtype = torch.bool) -> Node:
     return make("const", (), dtype, float(value) if dtype in FLOATS else int(value))
 
 
-def nodes_of(root: Node) -> list[Node]:
-    """Every node once, operands before what uses them. Iterative, because long masks make deep trees."""
+def nodes_of(root: Node, leaves: tuple[str, ...] = ()) -> list[Node]:
+    """Every node once, operands before what uses them; operands of operations in ``leaves`` are left out.
+
+    Iterative, because long masks make deep trees.
+    """
     done: dict[Node, None] = {}
     stack = [(root, False)]
     while stack:
         node, ready = stack.pop()
         if node in done:
             continue
-        if ready:
+        if ready or node.op in leaves:
             done[node] = None
         else:
             stack.append((node, True))
