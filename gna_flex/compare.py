@@ -29,6 +29,8 @@ from gna_flex.words import by_x
 DENSE_FLOPS = 2e16
 """Dense attention with more arithmetic than this, half a minute on an H200, is not run."""
 WARM_UP = 2
+SLOW = 2000.0
+"""What takes longer than this many milliseconds is timed once after one run to warm up."""
 TUNING_REPEATS = 3
 
 
@@ -81,7 +83,7 @@ def bench_attention(
         x.requires_grad_()
     times = in_turns(all_, backward, device, repeats)
     return [
-        Timing(way.name, times[way.name], math.nan, way.note, tiles[way.name])
+        Timing(way.name, times[way.name], memory_added(way, backward, device), way.note, tiles[way.name])
         if way.run is not None
         else Timing(way.name, math.nan, math.nan, f"not run, {way.note}")
         for way in all_
@@ -94,8 +96,19 @@ def in_turns(ways: list[Contender], backward: bool, device: str, repeats: int) -
     times: dict[str, list[float]] = {name: [] for name, _, _ in running}
     for turn in range(WARM_UP + repeats):
         for name, run, inputs in running if turn % 2 == 0 else reversed(running):
-            times[name].append(time_one(run, inputs, backward, device))
-    return {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
+            if len(times[name]) < 2 or times[name][-1] < SLOW:
+                times[name].append(time_one(run, inputs, backward, device))
+    return {name: statistics.median(values[min(WARM_UP, len(values) - 1) :]) for name, values in times.items()}
+
+
+def memory_added(way: Contender, backward: bool, device: str) -> float:
+    """Most MiB on the GPU beyond what was there before a call, its result included; NaN on a CPU."""
+    if way.run is None or torch.device(device).type != "cuda":
+        return math.nan
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    time_one(way.run, way.inputs, backward, device)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Contender:

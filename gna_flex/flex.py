@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from gna_flex import kernels
+from gna_flex.direct import remember
 from gna_flex.intervals import ceil_div
 from gna_flex.reference import ScoreMod, reference_attention
 from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, forced
@@ -130,7 +131,8 @@ def kernel_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the CUDA kernel."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.gna_flex.attention(query, key, value, *mask.lists, factor)  # type: ignore[no-any-return]
+    arguments = (query, key, value, *mask.lists, factor, mask.valid_text)
+    return torch.ops.gna_flex.attention(*arguments)  # type: ignore[no-any-return]
 
 
 def _pairs(query: Tensor, key: Tensor) -> int:
@@ -179,6 +181,7 @@ class RoutedTuple:
             return func(*args, **(kwargs or {}))
         query, key, value, score_mod, routed, scale, options = args[: len(HOP_ARGUMENTS)]
         mask, rest = routed.mask, args[len(HOP_ARGUMENTS) :]
+        mask.check_batch(query.shape[0])
         if options.get("BACKEND", "AUTO") != "AUTO":
             return func(query, key, value, score_mod, routed.parts, scale, options, *rest)
         wants_maximum = options.get("OUTPUT_MAX", False)
@@ -262,10 +265,14 @@ def eager_attention(
     route = ask()
     if route.name == "hopper":
         try:
-            return (*kernel_attention(query, key, value, mask, scale), None)
+            result = kernel_attention(query, key, value, mask, scale)
+            if not (grad or kernel_options):
+                remember(mask, (query, key, value), scale, enable_gqa)
+            return (*result, None)
         except (RuntimeError, ImportError) as error:
-            # Memory may be there next time; a forced route must not change.
-            if isinstance(error, torch.OutOfMemoryError) or forced():
+            # Memory may be there next time; a forced route must not change; a CUDA graph wants a call before it.
+            capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+            if isinstance(error, torch.OutOfMemoryError) or forced() or capturing:
                 raise
             kernels.give_up(error)
             route = ask()

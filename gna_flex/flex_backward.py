@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA
+from gna_flex.plan import MaskPlan
 from gna_flex.torch_private import compile_graph, flex_attention_backward_hop, trace_graph
 
 Compiled = Callable[..., Sequence[Tensor]]
@@ -44,20 +45,23 @@ def flex_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     scale: float,
+    text_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query ``[B, H, S, D]``, key and value ``[B, Hkv, S, D]``.
 
-    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head.
+    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head;
+    ``text_valid`` are the lengths of text ``[B, 2]`` that the forward had.
     """
-    tiled, parts, permute, unpermute = _order(gnas, query.device)
+    plan, parts, permute, unpermute = _order(gnas, query.device, text_valid)
     # The operator has the log-sum-exp in base 2.
     wide = [permute(x, -2) for x in (query, key, value, out, grad_out)]
     stats = [permute(x, -1).contiguous() for x in (lse * math.log2(math.e), grad_lse * math.log(2))]
     query_, key_, value_, out_, grad_ = (x.contiguous() for x in wide)
-    arguments = (query_, key_, value_, out_, stats[0], grad_, stats[1])
+    lengths = [] if text_valid is None else [text_valid.contiguous()]
+    arguments = (query_, key_, value_, out_, stats[0], grad_, stats[1], *lengths)
     signature = tuple((x.shape, x.dtype) for x in arguments)
     with _lock:
-        function = _compiled(gnas, tiled, query.device, signature, scale)(arguments, parts)
+        function = _compiled(plan, query.device, signature, scale)(arguments, parts)
     tables = [x for x in parts if isinstance(x, Tensor)]
     grads = function(*arguments, *tables)
     dq, dk, dv = (unpermute(x, -2) for x in grads)
@@ -69,13 +73,17 @@ def _mask(gnas: tuple[GNA, ...], device: torch.device) -> GNABlockMask:
     return gna_mask(gnas if len(gnas) > 1 else gnas[0], device=device)
 
 
-def _order(gnas: tuple[GNA, ...], device: torch.device) -> tuple[bool, tuple[Any, ...], Any, Any]:
-    """Whether tile order pays; the block mask as the operator takes it; permutations to and from its order."""
+def _order(
+    gnas: tuple[GNA, ...], device: torch.device, text_valid: Tensor | None
+) -> tuple[MaskPlan, tuple[Any, ...], Any, Any]:
+    """The plan in the better order; its block mask as the operator takes it; permutations to and from that order."""
     mask = _mask(gnas, device)
+    if text_valid is not None:
+        mask = mask.counting(text_valid)
     if mask.tiles_pay():
         tiles = mask.tiles
-        return True, tiles.parts, tiles.permute, tiles.unpermute
-    return False, tuple(mask.plain.as_tuple()), _same, _same
+        return mask.plan.in_tiles()[1], tiles.parts, tiles.permute, tiles.unpermute
+    return mask.plan, tuple(mask.plain.as_tuple()), _same, _same
 
 
 def _same(x: Tensor, dim: int) -> Tensor:
@@ -83,30 +91,32 @@ def _same(x: Tensor, dim: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(
-    gnas: tuple[GNA, ...], tiled: bool, device: torch.device, signature: Any, scale: float
-) -> Callable[..., Compiled]:
+def _compiled(plan: MaskPlan, device: torch.device, signature: Any, scale: float) -> Callable[..., Compiled]:
     """A function that compiles the backward at its first call, from then on returning what it compiled."""
     found: list[Compiled] = []
 
     def get(arguments: Sequence[Tensor], parts: tuple[Any, ...]) -> Compiled:
         if not found:
-            found.append(_compile(arguments, parts, scale))
+            found.append(_compile(plan, arguments, parts, scale))
         return found[0]
 
     return get
 
 
-def _compile(arguments: Sequence[Tensor], parts: tuple[Any, ...], scale: float) -> Compiled:
+def _compile(plan: MaskPlan, arguments: Sequence[Tensor], parts: tuple[Any, ...], scale: float) -> Compiled:
     places = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
 
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *lengths: Tensor) -> Tensor:
+        return plan.mask_mod(*lengths)(b, h, q_idx, kv_idx)
+
     def backward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, out, lse, grad_out, grad_lse, *tables = inputs
-        block_mask = list(parts)
-        for place, table in zip(places, tables, strict=True):
+        query, key, value, out, lse, grad_out, grad_lse, *lengths = inputs[: len(arguments)]
+        block_mask = [*parts[:-1], mask_mod]
+        for place, table in zip(places, inputs[len(arguments) :], strict=True):
             block_mask[place] = table
         call = (query, key, value, out, lse, grad_out, grad_lse, _score, _score_gradient, tuple(block_mask))
-        return tuple(flex_attention_backward_hop(*call, scale, OPTIONS, (), ())[:3])
+        # What a mask_mod captures has to be an input, or this batch's lengths would be those of all.
+        return tuple(flex_attention_backward_hop(*call, scale, OPTIONS, (), tuple(lengths))[:3])
 
     inputs = [*arguments, *(parts[place] for place in places)]
     function: Compiled = compile_graph(trace_graph(backward)(*inputs), inputs)

@@ -9,6 +9,7 @@ log = logging.getLogger("gna_flex")
 
 _failure: str = ""
 _package: str | None = None
+_generation: int = 0
 
 
 def missing() -> str:
@@ -22,11 +23,23 @@ def missing() -> str:
     return _failure or _package
 
 
+def generation() -> int:
+    """A number that changes whenever calls may have to take another kernel, or another route, than before."""
+    return _generation
+
+
+def changed() -> None:
+    """Has every call look for its kernel anew."""
+    global _generation
+    _generation += 1
+
+
 def give_up(error: Exception) -> None:
     """Remembers that a kernel failed to build or launch, and says so once: calls take another route from now on."""
     global _failure
     if not _failure:
         log.warning("a CUDA kernel failed, and calls take another route from now on: %s", error)
+    changed()
     _failure = f"a kernel failed before: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
@@ -34,6 +47,7 @@ def try_again() -> None:
     """Forgets a failure."""
     global _failure
     _failure = ""
+    changed()
 
 
 def _missing_package() -> str:

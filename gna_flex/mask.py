@@ -7,24 +7,26 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks
+from torch.nn.attention.flex_attention import BlockMask
 
 from gna_flex import kernels
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
 from gna_flex.flex import RoutedTuple, Tiles, full_width
 from gna_flex.intervals import ceil_div, key_interval, query_interval
-from gna_flex.mask_mod import MaskMod, mask_mod, to_natural
+from gna_flex.mask_mod import MaskMod, to_natural
 from gna_flex.neighborhood import GNA, Ints, as_int
+from gna_flex.plan import MaskPlan, text_lengths
 from gna_flex.tiling import Interval, TileCounts, TileOrder, choose_tile
 from gna_flex.torch_private import BLOCK_TABLES
 
 if TYPE_CHECKING:
+    from gna_flex.cuda.forward import Launcher
     from gna_flex.report import Report
 
 DEFAULT_BLOCK = 128
@@ -32,62 +34,34 @@ FULL_WIDTH_ENTRIES = 1 << 18
 """Up to this many entries the index tables are as wide as torch makes them; beyond it only as wide as needed."""
 MOST_ENTRIES = 1 << 31
 """Masks whose block lists would be longer than this (8 GiB) are refused."""
+UNUSED = np.iinfo(np.int32).max
+"""Stands for an unused entry of a table while it is sorted."""
 PERMUTE_COST = 12.0
 """Time to bring query, key and value of a block into tile order and the output back, in full tiles (H200: 10 to 13)."""
 
 
-@dataclass(frozen=True)
-class MaskPlan:
-    """Everything that fixes a GNA mask but its device. ``gnas`` is one GNA, or one per head."""
+class PlanTables:
+    """The block tables of a plan on a device; masks that differ only in the lengths of their text share them."""
 
-    gnas: tuple[GNA, ...]
-    q_order: TileOrder | None
-    kv_order: TileOrder | None
-    q_block: int
-    kv_block: int
-    batch: int | None = None
-    heads: int | None = None
-    and_mask: MaskMod | None = None
+    def __init__(self, plan: MaskPlan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.tables, self.counts = _tables(plan, device)
 
-    @property
-    def seq_lengths(self) -> tuple[int, int]:
-        """Query and key tokens, padding of tile orders included."""
-        tokens = self.gnas[0].tokens
-        return (
-            self.q_order.tokens if self.q_order else tokens,
-            self.kv_order.tokens if self.kv_order else tokens,
-        )
+    def tiles(self, valid_text: Tensor | None) -> Tiles:
+        """The plan in its best tile order."""
+        order, plan, tables, functions = self._in_tiles
+        block_mask = BlockMask(**_arguments(plan, tables, valid_text))
+        return Tiles(order, block_mask, block_mask.as_tuple(), *functions, to_natural(order))
 
-    @property
-    def lists(self) -> tuple[list[int], list[int], list[int], list[int], list[bool], int, int]:
-        """Layout; windows, strides, dilations and causal flags of all GNAs in a row; text before and after."""
-        gnas = self.gnas
-        windows, strides, dilations = (
-            [n for gna in gnas for n in getattr(gna, name)] for name in ("window", "stride", "dilation")
-        )
-        causal = [flag for gna in gnas for flag in gna.causal]
-        return list(gnas[0].layout), windows, strides, dilations, causal, gnas[0].text_first, gnas[0].text_last
+    @functools.cached_property
+    def _in_tiles(self) -> tuple[TileOrder, MaskPlan, dict[str, Any], tuple[Any, Any]]:
+        order, plan = self.plan.in_tiles()
+        return order, plan, _tables(plan, self.device)[0], order.literal_permutations()
 
-    @property
-    def block_counts(self) -> tuple[int, int]:
-        """Blocks of queries and of keys."""
-        q_len, kv_len = self.seq_lengths
-        return ceil_div(q_len, self.q_block), ceil_div(kv_len, self.kv_block)
-
-    def mask_mod(self) -> MaskMod:
-        """The mask_mod, in the token order of the plan; the condition of ``and_mask`` is met in natural indices."""
-        near = mask_mod(self.gnas, self.q_order, self.kv_order)
-        if self.and_mask is None:
-            return near
-        extra = self.and_mask
-        if self.q_order is None or self.kv_order is None:
-            return and_masks(near, extra)
-        q_natural, kv_natural = to_natural(self.q_order), to_natural(self.kv_order)
-
-        def extra_in_tile_order(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return extra(b, h, q_natural(q_idx), kv_natural(kv_idx))
-
-        return and_masks(near, extra_in_tile_order)
+    @functools.cached_property
+    def with_valid_text(self) -> PlanTables:
+        """Those of the same mask with lengths of its text."""
+        return PlanTables(replace(self.plan, valid_text=True), self.device)
 
 
 class GNABlockMask(BlockMask):
@@ -100,29 +74,33 @@ class GNABlockMask(BlockMask):
         counts: full, partial and all blocks, summed over the heads that differ.
         plain: the same block lists as a BlockMask that does not route itself.
         lists: the GNAs as the numbers that operators take.
+        valid_text: text tokens before and after the grid that count, ``[B, 2]``, int32; ``None`` where all do.
         capability: compute capability of the mask's CUDA device; ``None`` on others.
+        launchers: kernels of calls that were made before, for :mod:`gna_flex.direct`.
     """
 
-    def __init__(self, plan: MaskPlan, device: torch.device) -> None:
-        tables, self.counts = _tables(plan, device)
-        shared: dict[str, Any] = {
-            "seq_lengths": plan.seq_lengths,
-            **tables,
-            "BLOCK_SIZE": (plan.q_block, plan.kv_block),
-            "mask_mod": plan.mask_mod(),
-        }
-        super().__init__(**shared)
-        self.plain = BlockMask(**shared)
-        self.plan = plan
+    def __init__(
+        self,
+        plan: MaskPlan,
+        device: torch.device,
+        valid_text: Tensor | None = None,
+        tables: PlanTables | None = None,
+    ) -> None:
+        self._tables = tables or PlanTables(plan, device)
+        arguments = _arguments(plan, self._tables.tables, valid_text)
+        super().__init__(**arguments)
+        self.plain = BlockMask(**arguments)
+        self.plan, self.counts, self.valid_text = plan, self._tables.counts, valid_text
         self.handle = f"mask{next(_serial)}"
         self.lists = plan.lists
         self.capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        self.launchers: dict[Any, Launcher] = {}
         kernels.missing()  # finds out outside of graphs, which cannot
         self._tiles: Tiles | None = None
         # A graph cannot build tables, so they are ready beforehand on devices where compiled code may ask for them.
         self._tiles_pay = device.type != "cpu" and self.tiles_pay()
         if self._tiles_pay:
-            self._tiles = _tiles(plan, device)
+            self._tiles = self._tables.tiles(valid_text)
         _masks[self.handle] = self
 
     @property
@@ -130,10 +108,59 @@ class GNABlockMask(BlockMask):
         """The GNA of the mask, or one GNA per head."""
         return self.plan.gnas[0] if len(self.plan.gnas) == 1 else self.plan.gnas
 
+    def with_valid_text(
+        self, *, first: Tensor | Sequence[int] | None = None, last: Tensor | Sequence[int] | None = None
+    ) -> GNABlockMask:
+        """The mask for a batch whose text is padded: of each batch entry only the leading text tokens count.
+
+        The others are keys of nobody. As queries they see what counts, so their outputs are finite; drop them. The
+        block tables are built at the first call and shared from then on, so call it for every batch. In compiled
+        functions lengths are inputs: masks of other lengths need no compilation.
+
+        Args:
+            first: how many of the tokens before the grid count, ``[B]``, integers from 0 to ``text_first``; by default
+                all. On a GPU, where a check would have to wait for it, numbers outside count as the nearest inside.
+            last: how many of the tokens after the grid count, likewise.
+
+        Returns:
+            A mask for batches of ``B``. Lengths that this mask has already are replaced.
+
+        Raises:
+            ValueError: if neither is given, there is no such text, or shape, type or values are wrong.
+            RuntimeError: inside of a compiled function.
+
+        >>> mask = gna_mask(GNA((8, 8), window=3, text_last=77), device="cpu")
+        >>> mask.with_valid_text(last=[77, 9]).valid_text.tolist()
+        [[0, 77], [0, 9]]
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("with_valid_text inside a compiled function: call it outside and pass the mask")
+        valid_text = text_lengths(self.plan.gnas[0], first, last, self.device)
+        if self.plan.batch not in (None, 1, len(valid_text)):
+            raise ValueError(f"lengths of {len(valid_text)} batch entries, but the mask was made for {self.plan.batch}")
+        return self.counting(valid_text)
+
+    def counting(self, valid_text: Tensor) -> GNABlockMask:
+        """The mask with lengths ``[B, 2]`` of its text, on its device."""
+        tables = self._tables if self.plan.valid_text else self._tables.with_valid_text
+        return GNABlockMask(tables.plan, self.device, valid_text, tables)
+
+    def check_batch(self, batch: int) -> None:
+        """Refuses queries of another batch size than that of the lengths of text.
+
+        Raises:
+            ValueError: if they differ.
+        """
+        if self.valid_text is not None and self.valid_text.shape[0] != batch:
+            raise ValueError(
+                f"the mask has text lengths of {self.valid_text.shape[0]} batch entries (with_valid_text), but query "
+                f"has {batch}"
+            )
+
     def report(self, *, q_tile: Ints | None = None, kv_tile: Ints | None = None) -> Report:
         """What the mask skips, what it buys, and the proof: :func:`gna_flex.report.report` of its GNA.
 
-        A further condition (``and_mask``) is left out.
+        A further condition (``and_mask``) and lengths of text are left out.
 
         >>> gna_mask(GNA((16, 16), 8, 8), device="cpu").report(q_tile=(8, 8)).perfect
         True
@@ -151,7 +178,7 @@ class GNABlockMask(BlockMask):
     def tiles(self) -> Tiles:
         """The mask in the tile order predicted to be fastest; built at its first use outside of a graph."""
         if self._tiles is None:
-            self._tiles = _tiles(self.plan, self.device)
+            self._tiles = self._tables.tiles(self.valid_text)
         return self._tiles
 
     def has_tiles(self, compiling: bool = False) -> bool:
@@ -177,10 +204,12 @@ class GNABlockMask(BlockMask):
     def to(self, device: torch.device | str) -> GNABlockMask:
         """The mask on another device."""
         target = torch.empty(0, device=device).device
-        return self if target == self.device else GNABlockMask(self.plan, target)
+        if target == self.device:
+            return self
+        return GNABlockMask(self.plan, target, None if self.valid_text is None else self.valid_text.to(target))
 
     def __reduce__(self) -> Any:
-        return GNABlockMask, (self.plan, self.device)
+        return GNABlockMask, (self.plan, self.device, self.valid_text)
 
     def canonical(self) -> BlockMask:
         """A plain BlockMask laid out as by ``create_block_mask``: tables as wide as the mask, unused entries filled."""
@@ -235,6 +264,8 @@ class GNABlockMask(BlockMask):
     def __repr__(self) -> str:
         gnas = self.plan.gnas
         what = str(gnas[0]) if len(gnas) == 1 else f"{len(gnas)} heads, the first with {gnas[0]}"
+        if self.valid_text is not None:
+            what += f"; lengths of text for batches of {len(self.valid_text)}"
         order = "row-major" if self.plan.q_order is None else f"tiles {self.plan.q_order.tile}"
         if self.plan.kv_order != self.plan.q_order and self.plan.kv_order is not None:
             order += f" and {self.plan.kv_order.tile}"
@@ -359,17 +390,14 @@ def _can_tile(plan: MaskPlan) -> bool:
     return plan.q_order is None and len({gna.dilation for gna in plan.gnas}) == 1
 
 
-def _tiles(plan: MaskPlan, device: torch.device) -> Tiles:
-    """The plan in its best tile order."""
-    order = TileOrder(plan.gnas[0], choose_tile(plan.gnas)[0])
-    tiled = replace(plan, q_order=order, kv_order=order, q_block=order.block, kv_block=order.block)
-    block_mask = BlockMask(
-        seq_lengths=tiled.seq_lengths,
-        **_tables(tiled, device)[0],
-        BLOCK_SIZE=(order.block, order.block),
-        mask_mod=tiled.mask_mod(),
-    )
-    return Tiles(order, block_mask, block_mask.as_tuple(), *order.literal_permutations(), to_natural(order))
+def _arguments(plan: MaskPlan, tables: dict[str, Any], valid_text: Tensor | None) -> dict[str, Any]:
+    """Arguments of a BlockMask."""
+    return {
+        "seq_lengths": plan.seq_lengths,
+        **tables,
+        "BLOCK_SIZE": (plan.q_block, plan.kv_block),
+        "mask_mod": plan.mask_mod(valid_text),
+    }
 
 
 def _tables(plan: MaskPlan, device: torch.device) -> tuple[dict[str, Any], TileCounts]:
@@ -404,19 +432,35 @@ def _lists(plan: MaskPlan, gna: GNA, interval: Interval) -> BlockLists:
         relation = TiledRelation(row_order, col_order, interval)
     width = relation.columns if relation.rows * relation.columns <= FULL_WIDTH_ENTRIES else None
     lists = block_lists(relation, width)
-    return lists if plan.and_mask is None else _all_partial(lists)
+    if plan.and_mask is None and not plan.valid_text:
+        return lists
+    cut = plan.text_blocks if plan.and_mask is None else np.ones(plan.block_counts[1], dtype=bool)
+    return _as_partial(lists, cut[lists.full_indices] if interval is key_interval else cut[:, None])
 
 
-def _all_partial(lists: BlockLists) -> BlockLists:
-    """The lists with every full block counted as partial, ascending again."""
-    counts = lists.partial_counts + lists.full_counts
-    width = max(int(counts.max()), lists.partial_indices.shape[1])
-    used = [np.arange(table.shape[1]) < count[:, None] for count, table in zip(lists[::2], lists[1::2], strict=True)]
-    last = np.iinfo(np.int32).max
-    both = np.concatenate([np.where(u, t, last) for u, t in zip(used, lists[1::2], strict=True)], 1)
-    both = np.sort(both, 1)[:, :width]
-    both[both == last] = 0
-    return BlockLists(counts, both, np.zeros_like(counts), np.zeros_like(lists.full_indices))
+def _as_partial(lists: BlockLists, which: np.ndarray) -> BlockLists:
+    """The lists with those entries of the full blocks counted as partial, ascending again."""
+    partial, full = (_entries(*pair) for pair in zip(lists[::2], lists[1::2], strict=True))
+    which = which[:, : full.shape[1]]
+    partial = np.concatenate([partial, np.where(which, full, UNUSED)], 1)
+    tables = (partial, lists.partial_indices), (np.where(which, UNUSED, full), lists.full_indices)
+    return BlockLists(*itertools.chain(*(_ascending(entries, table.shape[1]) for entries, table in tables)))
+
+
+def _entries(counts: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """A table as wide as its longest row."""
+    table = table[:, : counts.max()]
+    return np.where(np.arange(table.shape[1]) < counts[:, None], table, UNUSED)
+
+
+def _ascending(entries: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and table of the used entries of every row, at least ``width`` wide."""
+    counts = (entries != UNUSED).sum(1, dtype=np.int32)
+    longest = int(counts.max())
+    table = np.zeros((len(entries), max(longest, width)), dtype=np.int32)
+    entries = np.sort(entries, 1)[:, :longest]
+    table[:, :longest] = np.where(entries == UNUSED, 0, entries)
+    return counts, table
 
 
 def _stack(plan: MaskPlan, lists: list[BlockLists], device: torch.device) -> list[Tensor]:

@@ -79,20 +79,55 @@ def to_natural(order: TileOrder) -> Callable[[Tensor], Tensor]:
     for axis, (length, dilation, stride) in enumerate(zip(gna.layout, gna.dilation, strides, strict=True)):
         position = f"x{axis}" if dilation == 1 else f"x{axis} * {dilation} + x_group{axis}"
         lines.append(f"    token = token + minimum({position}, {length - 1}) * {stride}")
-    first, last = (count * order.block for count in order.text_blocks)
-    if first:
-        lines.append(f"    token = select(index < {first}, minimum(index, {gna.text_first - 1}), token)")
-    if last:
-        shift = gna.text_first + gna.grid_tokens - (order.tokens - last)
-        end = f"minimum(index + {shift}, {gna.tokens - 1})"
-        lines.append(f"    token = select(index >= {order.tokens - last}, {end}, token)")
+    begin, end = grid_places(gna, order)
+    if gna.text_first:
+        lines.append(f"    token = select(index < {begin}, minimum(index, {gna.text_first - 1}), token)")
+    if gna.text_last:
+        last = f"minimum(index + {gna.text_first + gna.grid_tokens - end}, {gna.tokens - 1})"
+        lines.append(f"    token = select(index >= {end}, {last}, token)")
     return literal_function("to_natural", [*lines, "    return token"], _NAMES)
+
+
+def grid_places(gna: GNA, order: TileOrder | None) -> tuple[int, int]:
+    """Where the grid begins and ends between the text tokens, padding of a tile order included."""
+    if order is None:
+        return gna.text_first, gna.text_first + gna.grid_tokens
+    first, last = (count * order.block for count in order.text_blocks)
+    return first, order.tokens - last
+
+
+def counted_text(gna: GNA, order: TileOrder | None, valid_text: Tensor) -> MaskMod:
+    """``mask_mod`` that holds for the keys that count: all of the grid, and of the text as many as ``valid_text`` says.
+
+    Args:
+        gna: one GNA with text.
+        order: token order of the keys; ``None`` is natural row-major order.
+        valid_text: tokens that count in the text before and after the grid, ``[B, 2]``, integers. Numbers outside of
+            the text mean none or all of it.
+    """
+    counts = _text_counts(gna, order)
+
+    def counted(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return counts(valid_text, b, kv_idx)
+
+    return counted
+
+
+@functools.lru_cache(maxsize=1024)
+def _text_counts(gna: GNA, order: TileOrder | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Function of lengths, batch entry and place of a key."""
+    begin, end = grid_places(gna, order)
+    conditions = [f"((index >= {begin}) | (index < valid[b, zeros_like(b)]))"] if gna.text_first else []
+    conditions += [f"((index < {end}) | (index < {end} + valid[b, ones_like(b)]))"] if gna.text_last else []
+    lines = ["def text_counts(valid, b, index):", f"    return {' & '.join(conditions) or 'index >= 0'}"]
+    # A number among the indices would be a constant tensor, which traced backwards cannot have.
+    return literal_function("text_counts", lines, {"zeros_like": torch.zeros_like, "ones_like": torch.ones_like})
 
 
 def _decode(gna: GNA, order: TileOrder | None, name: str, index: str) -> list[str]:
     """Lines that set the coordinates of a token, and whether it is text or grid where that matters."""
     has_text = gna.text_first or gna.text_last
-    end = gna.text_first + gna.grid_tokens
+    first, end = grid_places(gna, order)
     lines = []
     if order is None:
         if has_text:
@@ -102,15 +137,13 @@ def _decode(gna: GNA, order: TileOrder | None, name: str, index: str) -> list[st
             lines.append(f"    {name} = {index}")
         lines += _digits(name, [(f"{name}{axis}", size) for axis, size in enumerate(gna.layout)])
         return lines + _opaque([(f"{name}{axis}", size) for axis, size in enumerate(gna.layout)])
-    first, last = (count * order.block for count in order.text_blocks)
-    end = order.tokens - last
     lines.append(f"    {name} = {index} - {first}" if first else f"    {name} = {index}")
     groups = [(f"{name}_group{axis}", size) for axis, size in enumerate(gna.dilation)]
     tiles = [(f"{name}_tile{axis}", size) for axis, size in enumerate(order.tiles)]
     places = [(f"{name}{axis}", size) for axis, size in enumerate(order.tile)]
     lines += _digits(name, groups + tiles + places) + _opaque(groups)
     inside = [f"({index} >= {first})"] if first else []
-    inside += [f"({index} < {end})"] if last else []
+    inside += [f"({index} < {end})"] if gna.text_last else []
     for axis, (length, dilation) in enumerate(zip(gna.layout, gna.dilation, strict=True)):
         lines.append(f"    {name}{axis} = {name}_tile{axis} * {order.tile[axis]} + {name}{axis}")
         lines += _opaque([(f"{name}{axis}", order.tiles[axis] * order.tile[axis])])

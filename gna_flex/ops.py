@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import and_masks
 from torch.utils.flop_counter import register_flop_formula
 
 from gna_flex.flex import eager_attention, to_base_2
 from gna_flex.mask import mask_of
-from gna_flex.mask_mod import mask_mod
+from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
 from gna_flex.neighborhood import GNA
 from gna_flex.reference import reference_attention
 from gna_flex.tiling import from_tiles, to_tiles
 from gna_flex.torch_private import FakeTensor
+
+if TYPE_CHECKING:
+    from gna_flex.cuda.forward import Plan
 
 _library = torch.library.Library("gna_flex", "DEF")
 
@@ -96,9 +100,33 @@ _permutation("from_tiles", from_tiles, "to_tiles")
 
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, int[] layout, int[] window, int[] stride, int[] dilation, "
-    "bool[] causal, int text_first, int text_last, float scale) -> (Tensor, Tensor)",
+    "bool[] causal, int text_first, int text_last, float scale, Tensor? text_valid=None) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def _split(query: Any, rest: tuple[Any, ...]) -> tuple[list[Any], float, Tensor | None]:
+    """The numbers of the masks, the scale, and the text tokens that count, which torch leaves out if there are none.
+
+    Raises:
+        ValueError: if these are not an int32 tensor ``[B, 2]`` on the device of the query.
+    """
+    *numbers, scale, text_valid = (*rest, None)[:9]
+    if text_valid is not None:
+        found, wanted = tuple(text_valid.shape), (query.shape[0], 2)
+        if found != wanted or text_valid.dtype != torch.int32 or text_valid.device != query.device:
+            raise ValueError(
+                f"text_valid must be int32 {wanted} on {query.device}, but is {text_valid.dtype} {found} on "
+                f"{text_valid.device}"
+            )
+    return numbers, scale, text_valid
+
+
+def _mask_mod(numbers: Any, text_valid: Tensor | None) -> MaskMod:
+    """The mask_mod for the numbers of an operator, and for the text tokens that count."""
+    gnas = _masks(numbers)
+    near = mask_mod(gnas)
+    return near if text_valid is None else and_masks(near, counted_text(gnas[0], None, text_valid))
 
 
 def _masks(numbers: Any) -> tuple[GNA, ...]:
@@ -129,16 +157,14 @@ def _gnas(
 
 def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Attention by the hand-written kernel; log-sum-exp in float32, natural logarithm."""
-    *lists, text_first, text_last, scale = rest
+    (*lists, text_first, text_last), scale, text_valid = _split(query, rest)
     shape = (query.shape[-1], query.dtype == torch.float16, query.device.index)
-    result: tuple[Tensor, Tensor] = _plan(*map(tuple, lists), text_first, text_last, *shape).run(
-        query, key, value, scale
-    )
-    return result
+    plan = _plan(*map(tuple, lists), text_first, text_last, *shape)
+    return plan.run(query, key, value, scale, None if text_valid is None else text_valid.contiguous())
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(*arguments: Any) -> Any:
+def _plan(*arguments: Any) -> Plan:
     """The plan of a call to the kernel, found by the numbers that operators take."""
     from gna_flex.cuda.forward import Request, plan
 
@@ -148,12 +174,13 @@ def _plan(*arguments: Any) -> Any:
 
 def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The reference, where there is no kernel."""
-    *numbers, scale = rest
-    out, lse, _ = reference_attention(query, key, value, mask_mod(_masks(numbers)), scale=scale)
+    numbers, scale, text_valid = _split(query, rest)
+    out, lse, _ = reference_attention(query, key, value, _mask_mod(numbers, text_valid), scale=scale)
     return torch.empty_like(query).copy_(out), lse.float()
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _split(query, rest)
     return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
@@ -165,7 +192,7 @@ torch.library.register_fake("gna_flex::attention", _attention_fake, lib=_library
 _library.define(
     "attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
     "Tensor grad_lse, int[] layout, int[] window, int[] stride, int[] dilation, bool[] causal, int text_first, "
-    "int text_last, float scale) -> (Tensor, Tensor, Tensor)",
+    "int text_last, float scale, Tensor? text_valid=None) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -174,17 +201,19 @@ def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by FlexAttention's backward, which needs no forward of its own."""
     from gna_flex.flex_backward import flex_backward
 
-    query, key, value, out, lse, grad_out, grad_lse, *numbers, scale = arguments
-    grads = flex_backward(_masks(numbers), query, key, value, out, lse, grad_out, grad_lse, scale)
+    query, key, value, out, lse, grad_out, grad_lse, *rest = arguments
+    numbers, scale, text_valid = _split(query, tuple(rest))
+    grads = flex_backward(_masks(numbers), query, key, value, out, lse, grad_out, grad_lse, scale, text_valid)
     return _like(grads, arguments)
 
 
 def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The reference once more, with gradients."""
-    query, key, value, _, _, grad_out, grad_lse, *numbers, scale = arguments
+    query, key, value, _, _, grad_out, grad_lse, *rest = arguments
+    numbers, scale, text_valid = _split(query, tuple(rest))
     with torch.enable_grad():
         query, key, value = inputs = tuple(x.detach().requires_grad_() for x in (query, key, value))
-        out, lse, _ = reference_attention(query, key, value, mask_mod(_masks(numbers)), scale=scale)
+        out, lse, _ = reference_attention(query, key, value, _mask_mod(numbers, text_valid), scale=scale)
         grads = torch.autograd.grad((out, lse), inputs, (grad_out.to(out.dtype), grad_lse.to(lse.dtype)))
     return _like(grads, arguments)
 
@@ -200,13 +229,15 @@ def _backward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tup
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.rest = inputs[3:]
+    *rest, text_valid = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], *output, text_valid)
+    ctx.rest = rest
 
 
 def _attention_gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.gna_flex.attention_backward(*ctx.saved_tensors, grad_out, grad_lse, *ctx.rest)
-    return *grads, *(None,) * len(ctx.rest)
+    *tensors, text_valid = ctx.saved_tensors
+    grads = torch.ops.gna_flex.attention_backward(*tensors, grad_out, grad_lse, *ctx.rest, text_valid)
+    return *grads, *(None,) * len(ctx.rest), None
 
 
 _library.impl("attention_backward", _backward_cuda, "CUDA")
@@ -218,8 +249,7 @@ torch.library.register_autograd("gna_flex::attention", _attention_gradients, set
 @register_flop_formula(torch.ops.gna_flex.attention)
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
     """Multiplications and additions of the kept pairs: two products of ``D`` for each."""
-    *numbers, _ = rest
-    gnas = _masks(numbers)
+    gnas = _masks(rest[:7])
     batch, heads, _, head_dim = query
     pairs = sum(gna.kept_pairs() for gna in gnas) * (heads if len(gnas) == 1 else 1)
     return int(4 * batch * pairs * head_dim)

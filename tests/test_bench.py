@@ -313,3 +313,12 @@ def test_speedups_of_what_did_not_run():
     ours, theirs = speedups("mask", [Timing("gna_mask", 1.0, 1.0), Timing("create_block_mask", NAN, NAN)])
     assert math.isnan(ours)
     assert math.isnan(theirs)
+
+
+def test_slow_ways_are_timed_once(monkeypatch):
+    calls = []
+    ways = [compare.Contender("slow", lambda: calls.append("slow")), compare.Contender("quick", lambda: None)]
+    monkeypatch.setattr(compare, "SLOW", -1.0)
+    times = compare.in_turns(ways, backward=False, device="cpu", repeats=5)
+    assert calls == ["slow", "slow"]
+    assert min(times.values()) > 0

@@ -1,6 +1,7 @@
 """Fails loudly when a private name of torch changes that the package relies on."""
 
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.flop_counter import FlopCounterMode
 
 import gna_flex
 from gna_flex import GNA, flex, gna_mask, reference_attention
@@ -20,6 +22,7 @@ from gna_flex.torch_private import (
     is_identity,
     sliced_mask_mod,
     trace_graph,
+    undisturbed,
 )
 
 
@@ -179,6 +182,62 @@ def test_operator_of_the_package_is_opaque_to_export():
     assert [argument.name for argument in schema.arguments] == ["query", "key", "value", "mask", "scale", "maximum"]
     assert len(schema.returns) == 3
     assert not schema.is_mutable
+
+
+class OtherTensor(Tensor):
+    pass
+
+
+def test_what_disturbs_a_call():
+    """Everything that the dispatcher would hand an operator to before its kernel; no tensors: only modes are asked."""
+    assert undisturbed()
+    with torch.no_grad():
+        assert undisturbed()
+    with torch.inference_mode():
+        assert undisturbed()
+    seen = []
+
+    def ask(x: Tensor) -> Tensor:
+        seen.append(undisturbed())
+        return x + 1
+
+    x = torch.randn(3)
+    torch.func.vmap(ask)(x)
+    torch.func.grad(lambda x: ask(x).sum())(x)
+    trace_graph(ask)(x)
+    for mode in (FlopCounterMode(display=False), torch._subclasses.FakeTensorMode(), torch.device("cpu")):
+        with mode:
+            ask(x if not isinstance(mode, torch._subclasses.FakeTensorMode) else torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        ask(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and still there
+        torch.jit.trace(ask, x, check_trace=False)
+    assert seen
+    assert not any(seen)
+    assert undisturbed()
+
+
+def test_autocast_disturbs_a_call():
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert not undisturbed()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert undisturbed()
+
+
+def test_plain_tensors(monkeypatch):
+    """The keys of a CPU tensor in place of those of a CUDA tensor, which is all that differs."""
+    x = torch.randn(3)
+    assert not undisturbed(x)
+    with torch.inference_mode():
+        inference = torch.randn(3)
+    keys = tuple(torch._C._dispatch_keys(tensor) for tensor in (x, inference))
+    monkeypatch.setattr(gna_flex.torch_private, "_PLAIN_TENSORS", keys)
+    assert undisturbed(x, torch.nn.Parameter(x), inference)
+    for other in (torch._neg_view(x), x.as_subclass(OtherTensor), x.to_sparse(), x.to("meta")):
+        assert not undisturbed(x, other)
 
 
 @pytest.mark.parametrize("name", gna_flex.torch_private.__all__)

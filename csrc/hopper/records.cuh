@@ -1,4 +1,4 @@
-// What the host tells the kernel. The same structures are in gna_flex/cuda/launch.py and tables.py.
+// What the host tells the kernel. The same structures are in gna_flex/cuda/forward.py and tables.py.
 #pragma once
 #include "hopper/ptx.cuh"
 
@@ -52,7 +52,7 @@ struct Params {
   const int* text_valid;    // [batch, 2] text tokens that count, or null: all
   const int* gna_of_head;   // [heads], or null: one for all
   float scale_log2;
-  int items_per_head, total, heads, queries_per_key_head, window_rows, tokens;
+  int items_per_head, text_items, text_total, total, heads, queries_per_key_head, window_rows, tokens;
   int box[3], beside[3], keys[3];
   int length[MAP_SETS][3], window_row[MAP_SETS][3];
   int token_stride[3], group_stride[3];  // tokens from one position, one dilation group to the next

@@ -1,4 +1,4 @@
-"""The command line: ``gna-flex info | report | prove | search | viz | demo | bench``, each with ``--json``."""
+"""The command line: ``gna-flex info | report | prove | search | viz | demo | bench | tune``, each with ``--json``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gna_flex.cli.arguments import protect_negative
 from gna_flex.cli.info import add_info
 from gna_flex.cli.masks import add_report, add_viz
 from gna_flex.cli.runs import add_bench, add_demo
+from gna_flex.cli.tune import add_tune
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,4 +50,5 @@ VERBS: tuple[Callable[..., None], ...] = (
     add_viz,
     add_demo,
     add_bench,
+    add_tune,
 )

@@ -17,6 +17,7 @@ import gna_flex
 from gna_flex import kernels
 from gna_flex.cli.arguments import add_verb, output, print_json
 from gna_flex.cuda import jit
+from gna_flex.cuda.tune import tuned_entries
 from gna_flex.routing import ROUTES, Facts, cpp_compiler, obstacle_to
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from gna_flex.cli.arguments import Subparsers
 
 ENVIRONMENT = {
+    "GNA_FLEX_AUTOTUNE": "1: shapes of the CUDA kernel are measured at the first use of each mask",
     "GNA_FLEX_BACKEND": f"forces a route: {', '.join(ROUTES)}",
-    "GNA_FLEX_CACHE_DIR": "folder of compiled CUDA kernels",
+    "GNA_FLEX_CACHE_DIR": "folder of compiled CUDA kernels and of what was tuned",
 }
 EXTRAS = {
     "triton": "compiled FlexAttention on GPUs",
@@ -66,14 +68,14 @@ def run_info(args: argparse.Namespace) -> None:
             table.add_row(route, *cells)
         console.print(table)
     console.print("\n[bold]kernels[/]")
-    console.print(_kernel_table(facts["kernels"]))
+    console.print(_kernel_table(facts["kernels"], facts["tuned"]))
     console.print("\n[bold]environment[/]")
     for name, entry in facts["environment"].items():
         console.print(f"{name}={entry['value'] or ''}  [dim]{entry['meaning']}[/]")
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices with their routes (an empty reason means yes), kernels, and environment variables."""
+    """Versions, devices with their routes (an empty reason means yes), kernels, tuned masks, environment."""
     versions: dict[str, str | None] = {"gna-flex": gna_flex.__version__, "torch": torch.__version__}
     versions |= {"python": platform.python_version()}
     versions |= {name: _version(name) for name in EXTRAS} | {"C++ compiler": cpp_compiler()}
@@ -87,6 +89,7 @@ def info() -> dict[str, Any]:
         "versions": versions,
         "devices": [{"device": device, "name": name, "routes": _routes(device)} for device, name in devices],
         "kernels": _kernels(),
+        "tuned": tuned_entries(),
         "environment": {
             name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in ENVIRONMENT.items()
         },
@@ -127,13 +130,14 @@ def _nvrtc() -> str | None:
     return f"{major}.{minor}"
 
 
-def _kernel_table(facts: dict[str, Any]) -> Table:
+def _kernel_table(facts: dict[str, Any], tuned: int) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     compiler = facts["nvrtc"] or Text(EXTRAS["cuda-bindings"], "yellow")
     cached = facts["cached"]
     size = sum(kernel["bytes"] for kernel in cached) / 2**20
     table.add_row("NVRTC", compiler)
     table.add_row("folder", facts["cache"])
+    table.add_row("tuned masks", str(tuned))
     table.add_row("compiled", f"{len(cached)} kernels, {size:.1f} MiB")
     for kernel in cached[:SHOWN_KERNELS]:
         macros = " ".join(f"{name}={value}" for name, value in kernel["macros"].items())

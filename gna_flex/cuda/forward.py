@@ -9,7 +9,6 @@ import ctypes
 import functools
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,12 +19,22 @@ from torch import Tensor
 from gna_flex.cuda import driver, jit
 from gna_flex.cuda.kernel import HEAD_DIMS, Config
 from gna_flex.cuda.shapes import choose, cost
-from gna_flex.cuda.tables import LENGTHS, PLAIN, KernelTiles, class_lengths, padded_dims, window_table, work_records
+from gna_flex.cuda.tables import (
+    LENGTHS,
+    PLAIN,
+    KernelTiles,
+    class_lengths,
+    padded_dims,
+    text_item_count,
+    window_table,
+    work_records,
+)
 from gna_flex.neighborhood import GNA
+from gna_flex.torch_private import current_stream
 
 Int3 = ctypes.c_int * 3
 REMEMBERED_CALLS = 256
-"""Calls (tensors at the same addresses) whose maps a plan keeps."""
+"""Calls (tensors at the same addresses) whose maps a launcher keeps."""
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 2e-38
 """Stands for a scale of 0, which would turn masked scores of minus infinity into NaN; all weights are still equal."""
@@ -50,7 +59,8 @@ def parameters(map_sets: int) -> type[ctypes.Structure]:
         _fields_ = (
             *((name, ctypes.c_void_p) for name in ("items", "windows", "counters", "lse", "text_valid", "gna_of_head")),
             ("scale_log2", ctypes.c_float),
-            *((name, ctypes.c_int) for name in ("items_per_head", "total", "heads", "queries_per_key_head")),
+            *((name, ctypes.c_int) for name in ("items_per_head", "text_items", "text_total", "total")),
+            *((name, ctypes.c_int) for name in ("heads", "queries_per_key_head")),
             *((name, ctypes.c_int) for name in ("window_rows", "tokens")),
             *((name, Int3) for name in ("box", "beside", "keys")),
             ("length", Int3 * map_sets),
@@ -93,7 +103,7 @@ class Plan:
         self.lengths = [tuple(int(n) for n in lengths[c]) for c in classes]
         self.plain = [c == PLAIN for c in classes]
         self.text = (gna.text_first, gna.text_last)
-        self.config, self.tiles = self._shapes(tuple(gnas), len(classes))
+        self.config, self.tiles = self._shapes(len(classes))
         code = jit.compile(
             (jit.source_folder() / "hopper" / "forward.cu").read_text(),
             arch="sm_90a",
@@ -107,15 +117,16 @@ class Plan:
         device = torch.device("cuda", request.device)
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._tables(gnas, classes, device)
-        self._direct: dict[tuple[object, ...], bool] = {}
-        self._calls: OrderedDict[tuple[object, ...], driver.Arguments] = OrderedDict()
-        self._lock = threading.Lock()
+        self._launchers: dict[tuple[object, ...], Launcher] = {}
 
-    def _shapes(self, gnas: tuple[GNA, ...], map_sets: int) -> tuple[Config, KernelTiles]:
+    def _shapes(self, map_sets: int) -> tuple[Config, KernelTiles]:
+        from gna_flex.cuda.tune import shapes_for  # which makes plans itself
+
         request = self.request
-        configs = (request.config,) if request.config else default_configs(request.head_dim)
-        shapes = [(c, request.tiles or choose(gnas, c.keys, c.consumers)) for c in configs]
-        config, tiles = min(shapes, key=lambda shape: cost(gnas, shape[1]))
+        if request.config or request.tiles:
+            config, tiles = estimated(request)
+        else:
+            config, tiles = shapes_for(request, torch.cuda.get_device_name(request.device))
         dilated = math.prod(self.gna.dilation) > 1
         return replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=any(self.text)), tiles
 
@@ -139,6 +150,7 @@ class Plan:
         params.items_per_head, params.window_rows = len(records[0]), len(windows[0][0])
         params.tokens = self.gna.tokens
         tiles = self.tiles
+        params.text_items = text_item_count(self.gna, tiles.groups)
         params.box, params.keys = Int3(*tiles.box), Int3(*tiles.kv_tile)
         params.beside = Int3(*(tiles.box[axis] if axis == tiles.split else 0 for axis in range(3)))
         for row, c in enumerate(classes):
@@ -154,41 +166,28 @@ class Plan:
     def run(
         self, query: Tensor, k: Tensor, v: Tensor, scale: float, text_valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Output ``[B, H, S, D]`` (strides of ``q``) and log-sum-exp ``[B, H, S]``, on the current stream."""
-        layout = (query.shape, query.stride(), k.shape, k.stride(), v.stride())
-        direct = self._direct.get(layout)
-        if direct is None:
-            direct = self._direct[layout] = self._needs_no_copy(query, k, v)
-        result = torch.empty_like(query)
-        q, out = query, result
-        if not direct or any(x.data_ptr() % 16 for x in (q, k, v)):
-            q, k, v = self._copies(q, k, v)
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        stream = torch.cuda.current_stream(q.device).cuda_stream
-        pointers = tuple([x.data_ptr() for x in (q, k, v, out, lse)])
-        key = (pointers, layout, scale, stream, 0 if text_valid is None else text_valid.data_ptr())
-        with self._lock:
-            arguments = self._calls.get(key)
-            if arguments is None:
-                arguments = self._calls[key] = self._arguments((q, k, v, out), lse, scale, stream, text_valid)
-                if len(self._calls) > REMEMBERED_CALLS:
-                    self._calls.popitem(last=False)
-        grid = min(self.processors, self.params.items_per_head * q.shape[0] * q.shape[1])
-        shape = ((grid, 1, 1), (self.threads, 1, 1), self.config.shared_bytes)
-        driver.launch(self.kernel, *shape, stream, arguments, self.request.device)
-        if out is not result:
-            result.copy_(out[..., : result.shape[-1]])
-        return result, lse
+        """Output ``[B, H, S, D]`` (strides of ``q``) and log-sum-exp ``[B, H, S]``, on the current stream.
 
-    def _needs_no_copy(self, query: Tensor, k: Tensor, v: Tensor) -> bool:
+        ``text_valid``: text tokens before and after the grid that count, int32 ``[B, 2]``; all by default.
+        """
+        return self.launcher(query, k, v)(query, k, v, scale, text_valid)
+
+    def launcher(self, query: Tensor, k: Tensor, v: Tensor) -> Launcher:
+        """The launcher for tensors of these shapes and strides."""
+        layout = (query.shape, query.stride(), k.shape, k.stride(), v.stride())
+        launcher = self._launchers.get(layout)
+        if launcher is None:
+            launcher = self._launchers[layout] = Launcher(self, query, k, v)
+        return launcher
+
+    def needs_no_copy(self, query: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether tensor maps can describe query, key, value and an output like the query, addresses apart."""
         exact = query.shape[-1] == self.config.head_dim
         like = torch.empty_like(query, device="meta")
         tensors = (query, k, v, like)
         return all(map(can_map, tensors)) and (exact or self._fills_with_zeros(tensors))
 
-    def _copies(self, *tensors: Tensor) -> list[Tensor]:
+    def copies(self, *tensors: Tensor) -> list[Tensor]:
         """Copies that tensor maps can describe, where the tensors themselves cannot be."""
         head_dim = tensors[0].shape[-1]
         if head_dim != self.config.head_dim and math.prod(self.gna.dilation) > 1:
@@ -199,19 +198,21 @@ class Plan:
         """Whether loads beyond the head dim give zeros: dimension 0 holds one head of one dilation group only."""
         return math.prod(self.gna.dilation) == 1 and all(map(is_dense, tensors))
 
-    def _arguments(
-        self, tensors: Sequence[Tensor], lse: Tensor, scale: float, stream: int, text_valid: Tensor | None
+    def arguments(
+        self, tensors: Sequence[Tensor], lse: Tensor, counters: Tensor, scale: float, text_valid: Tensor | None
     ) -> driver.Arguments:
+        """Tensor maps and parameters of a launch with these tensors: query, key, value and output."""
         q, k, _, _ = tensors
         sets = self.config.map_sets + 2 * self.config.text
         maps = driver.TensorMaps(4 * sets)
         params = type(self.params).from_buffer_copy(self.params)
         for operand, (name, x) in enumerate(zip("qkvo", tensors, strict=True)):
             setattr(params, name, self._encode(maps, operand * sets, x, is_keys=name in "kv"))
-        params.counters, params.lse = _counters(self.request.device, stream).data_ptr(), lse.data_ptr()
+        params.counters, params.lse = counters.data_ptr(), lse.data_ptr()
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale_log2 = (scale if scale else SMALLEST_SCALE) * LOG2_E
         params.total = _small("work items", params.items_per_head * q.shape[0] * q.shape[1])
+        params.text_total = params.text_items * q.shape[0] * q.shape[1]
         params.heads, params.queries_per_key_head = q.shape[1], q.shape[1] // k.shape[1]
         return driver.Arguments(maps, params)
 
@@ -256,6 +257,50 @@ class Plan:
         return Address(head_column, head_place, batch_place, Int3(*groups))
 
 
+class Launcher:
+    """Launches a plan for tensors of certain shapes and strides; all that does not depend on addresses is ready."""
+
+    def __init__(self, plan: Plan, query: Tensor, k: Tensor, v: Tensor) -> None:
+        self.plan, self.direct = plan, plan.needs_no_copy(query, k, v)
+        batch, heads, tokens, self.head_dim = query.shape
+        self.rows, self.device = (batch, heads, tokens), query.device
+        grid = min(plan.processors, plan.params.items_per_head * batch * heads)
+        self.shape = ((grid, 1, 1), (plan.threads, 1, 1), plan.config.shared_bytes)
+        self._known: dict[tuple[object, ...], driver.Arguments] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, query: Tensor, k: Tensor, v: Tensor, scale: float, text_valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, as :meth:`Plan.run` has them."""
+        plan, index = self.plan, self.plan.request.device
+        q, out = query, torch.empty_like(query)
+        lse = torch.empty(self.rows, dtype=torch.float32, device=self.device)
+        result = out
+        if not self.direct or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+            q, k, v = plan.copies(q, k, v)
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        stream = current_stream(index)
+        valid = 0 if text_valid is None else text_valid.data_ptr()
+        call = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), scale, stream, valid)
+        capturing = torch.cuda.is_current_stream_capturing()
+        arguments = None if capturing else self._known.get(call)
+        if capturing:
+            # A graph reads the tables for ever, and may be replayed beside others: its launch has its own counters.
+            _captured.add(plan)
+            arguments = plan.arguments((q, k, v, out), lse, _new_counters(index), scale, text_valid)
+        elif arguments is None:
+            arguments = plan.arguments((q, k, v, out), lse, _counters(index, stream), scale, text_valid)
+            with self._lock:
+                if len(self._known) >= REMEMBERED_CALLS:
+                    del self._known[next(iter(self._known))]
+                self._known[call] = arguments
+        driver.launch(plan.kernel, *self.shape, stream, arguments, index)
+        if out is not result:
+            result.copy_(out[..., : self.head_dim])
+        return result, lse
+
+
 def _small(name: str, number: int) -> int:
     """A number that fits the 32 bits that the kernel has for it, as larger ones would wrap around.
 
@@ -288,11 +333,21 @@ def default_configs(head_dim: int) -> tuple[Config, ...]:
     dim 128 leave too few registers.
     """
     padded = next(size for size in HEAD_DIMS if size >= head_dim)
+    if padded == 192:
+        return (Config(padded, keys=96, query_stages=1),)
     if padded == 256:
         return (Config(padded, keys=64, query_stages=1),)
     if padded == 64:
         return tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
     return tuple(Config(padded, keys) for keys in (128, 96))
+
+
+def estimated(request: Request) -> tuple[Config, KernelTiles]:
+    """Configuration and tiles of the least estimated cost, where the request leaves them open."""
+    gnas = tuple(dict.fromkeys(request.gnas))
+    configs = (request.config,) if request.config else default_configs(request.head_dim)
+    shapes = [(config, request.tiles or choose(gnas, config.keys, config.consumers)) for config in configs]
+    return min(shapes, key=lambda shape: cost(gnas, shape[1]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -301,7 +356,15 @@ def plan(request: Request) -> Plan:
     return Plan(request)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _counters(device: int, stream: int) -> Tensor:
     """The two counters of a stream: launches on one stream follow each other, and each leaves zeros."""
+    return _new_counters(device)
+
+
+def _new_counters(device: int) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+
+
+_captured: set[Plan] = set()
+"""Plans that CUDA graphs were captured with."""

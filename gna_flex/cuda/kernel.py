@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one CTA can have."""
-HEAD_DIMS = (32, 64, 96, 128, 256)
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 """Compiled head dims; others are padded to the next one with zeros."""
 
 

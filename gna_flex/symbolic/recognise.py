@@ -135,7 +135,7 @@ def _carried(mask: Any) -> Recognition | None:
     """The answer for an unchanged mask of this package, which knows what it was made from."""
     if not isinstance(mask, BlockMask) and not callable(mask):
         raise TypeError(f"mask={mask!r}: recognise takes a mask_mod or a BlockMask")
-    if not isinstance(mask, GNABlockMask) or mask.plan.and_mask is not None:
+    if not isinstance(mask, GNABlockMask) or mask.plan.and_mask is not None or mask.plan.valid_text:
         return None
     if any(getattr(mask, name) is not getattr(mask.plain, name) for name in (*BLOCK_TABLES, "mask_mod")):
         return None
