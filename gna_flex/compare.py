@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -29,8 +30,10 @@ from gna_flex.words import by_x
 DENSE_FLOPS = 2e16
 """Dense attention with more arithmetic than this, half a minute on an H200, is not run."""
 WARM_UP = 2
+SAMPLE = 20.0
+"""Milliseconds that one sample lasts at least on a GPU: short calls are repeated."""
 SLOW = 2000.0
-"""What takes longer than this many milliseconds is timed once after one run to warm up."""
+"""What takes longer than this many milliseconds is timed once, after one sample to warm up."""
 TUNING_REPEATS = 3
 
 
@@ -91,13 +94,15 @@ def bench_attention(
 
 
 def in_turns(ways: list[Contender], backward: bool, device: str, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each; every other round goes backwards, so that none always follows the same one."""
+    """Median milliseconds of each. Every round has another order: what ran before shifts a time by up to 7 %."""
     running = [(way.name, way.run, way.inputs) for way in ways if way.run is not None]
     times: dict[str, list[float]] = {name: [] for name, _, _ in running}
-    for turn in range(WARM_UP + repeats):
-        for name, run, inputs in running if turn % 2 == 0 else reversed(running):
-            if len(times[name]) < 2 or times[name][-1] < SLOW:
-                times[name].append(time_one(run, inputs, backward, device))
+    shuffled = random.Random(0)
+    for _ in range(WARM_UP + repeats):
+        for name, run, inputs in shuffled.sample(running, len(running)):
+            last = times[name][-1] if times[name] else SAMPLE
+            if len(times[name]) < 2 or last < SLOW:
+                times[name].append(time_one(run, inputs, backward, device, math.ceil(SAMPLE / last)))
     return {name: statistics.median(values[min(WARM_UP, len(values) - 1) :]) for name, values in times.items()}
 
 
@@ -231,21 +236,29 @@ def _natten_time(attend: Callable[..., Tensor], choice: Any, device: torch.devic
         return math.inf
 
 
-def time_one(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str) -> float:
-    """Milliseconds of one forward, or of one backward."""
-    out = run() if backward else None
-    grad = torch.randn_like(out) if out is not None else None
+def time_one(
+    run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str, calls: int = 1
+) -> float:
+    """Milliseconds of one forward, over several calls on a GPU, or of one backward."""
+    # A forward before the backward, or a call that is not timed: clocks settle, and launches run ahead of the GPU.
+    out = run() if backward or torch.device(device).type == "cuda" else None
+    grad = torch.randn_like(out) if backward and out is not None else None
+
+    def once() -> None:
+        torch.autograd.grad(out, inputs, grad) if grad is not None else run()
+
     if torch.device(device).type != "cuda":
         begin = time.perf_counter()
-        torch.autograd.grad(out, inputs, grad) if out is not None else run()
+        once()
         return (time.perf_counter() - begin) * 1e3
-    torch.cuda.synchronize()
+    calls = 1 if backward else calls
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    torch.autograd.grad(out, inputs, grad) if out is not None else run()
+    for _ in range(calls):
+        once()
     stop.record()
     stop.synchronize()
-    return float(start.elapsed_time(stop))
+    return float(start.elapsed_time(stop)) / calls
 
 
 def check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:

@@ -186,13 +186,16 @@ def test_every_head_counts_in_the_check():
             compare.check_rows("ours", wrong, q, k, v, mask)
 
 
-def test_rounds_go_back_and_forth(monkeypatch):
-    order = []
-    monkeypatch.setattr(compare, "time_one", lambda run, *rest: order.append(run()) or float(len(order)))
+def test_rounds_differ_in_order(monkeypatch):
+    order, calls = [], []
+    monkeypatch.setattr(compare, "time_one", lambda run, *rest: order.append(run()) or calls.append(rest[-1]) or 7.0)
     ways = [Contender("a", lambda: "a"), Contender("b", lambda: "b"), Contender("c", note="cannot")]
-    times = compare.in_turns(ways, False, "cpu", 2)
-    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert times == {"a": 6.5, "b": 6.5}
+    times = compare.in_turns(ways, False, "cpu", 20)
+    rounds = ["".join(pair) for pair in zip(order[::2], order[1::2], strict=True)]
+    assert set(rounds) == {"ab", "ba"}
+    assert len(rounds) == 22
+    assert calls == [1, 1] + [3] * 42, "20 ms are three calls of 7"
+    assert times == {"a": 7.0, "b": 7.0}
 
 
 def test_dense_attention_that_would_take_for_ever_is_not_run(monkeypatch):

@@ -40,7 +40,7 @@ MASK_COST = 0.1
 ITEM_COST = 1.5
 """What starting and ending a work item costs, in boxes of 128 keys, on the same machine."""
 UNSAVED = 0.06
-"""How much of a key costs time even where a slot of 128 keys leaves it out: boxes of 96 were 3 % slower than reckoned."""
+"""How much of a key costs time even where it is left out of 128: boxes of 96 were 3 % slower than their share."""
 SLOTS = (128, 160, 144, 112, 96)
 """Key rows of a slot that are worth trying, by preference between equal estimates.
 
