@@ -30,8 +30,11 @@ from gna_flex.words import by_x
 DENSE_FLOPS = 2e16
 """Dense attention with more arithmetic than this, half a minute on an H200, is not run."""
 WARM_UP = 2
-SAMPLE = 20.0
-"""Milliseconds that one sample lasts at least on a GPU: short calls are repeated."""
+SAMPLE = 100.0
+"""Milliseconds that one sample lasts at least on a GPU, after as much that is not timed: short calls are repeated.
+
+A GPU at its power limit lowers its clocks with a delay: in samples of 20 ms a quick kernel seemed 12 % faster.
+"""
 SLOW = 2000.0
 """What takes longer than this many milliseconds is timed once, after one sample to warm up."""
 TUNING_REPEATS = 3
@@ -112,7 +115,10 @@ def memory_added(way: Contender, backward: bool, device: str) -> float:
         return math.nan
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    time_one(way.run, way.inputs, backward, device)
+    out = way.run()
+    if backward:
+        torch.autograd.grad(out, way.inputs, torch.ones_like(out))
+    del out
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
@@ -240,18 +246,23 @@ def time_one(
     run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str, calls: int = 1
 ) -> float:
     """Milliseconds of one forward, over several calls on a GPU, or of one backward."""
-    # A forward before the backward, or a call that is not timed: clocks settle, and launches run ahead of the GPU.
-    out = run() if backward or torch.device(device).type == "cuda" else None
-    grad = torch.randn_like(out) if backward and out is not None else None
+    on_gpu = torch.device(device).type == "cuda"
+    if backward:
+        out = run()
+        grad = torch.randn_like(out)
+        calls = 1
+    elif on_gpu:
+        # Clocks and power settle to what this way of computing asks for, and launches run ahead of the GPU.
+        for _ in range(calls):
+            run()
 
     def once() -> None:
-        torch.autograd.grad(out, inputs, grad) if grad is not None else run()
+        torch.autograd.grad(out, inputs, grad) if backward else run()
 
-    if torch.device(device).type != "cuda":
+    if not on_gpu:
         begin = time.perf_counter()
         once()
         return (time.perf_counter() - begin) * 1e3
-    calls = 1 if backward else calls
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):

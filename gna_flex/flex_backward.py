@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gna_flex.kernels import lasting
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA
 from gna_flex.plan import MaskPlan
@@ -69,15 +70,23 @@ def flex_backward(
 
 
 @functools.lru_cache(maxsize=64)
-def _mask(gnas: tuple[GNA, ...], device: torch.device) -> GNABlockMask:
-    return gna_mask(gnas if len(gnas) > 1 else gnas[0], device=device)
+def _mask(gnas: tuple[GNA, ...], device: torch.device, lengths: bool) -> GNABlockMask:
+    """The mask; with ``lengths`` those of its text can be given without building tables."""
+
+    def build() -> GNABlockMask:
+        mask = gna_mask(gnas if len(gnas) > 1 else gnas[0], device=device)
+        if lengths:
+            mask.counting(torch.zeros(1, 2, dtype=torch.int32, device=device))
+        return mask
+
+    return lasting(build)
 
 
 def _order(
     gnas: tuple[GNA, ...], device: torch.device, text_valid: Tensor | None
 ) -> tuple[MaskPlan, tuple[Any, ...], Any, Any]:
     """The plan in the better order; its block mask as the operator takes it; permutations to and from that order."""
-    mask = _mask(gnas, device)
+    mask = _mask(gnas, device, text_valid is not None)
     if text_valid is not None:
         mask = mask.counting(text_valid)
     if mask.tiles_pay():

@@ -1,11 +1,16 @@
-"""Whether CUDA kernels can be compiled and launched here, and what went wrong if one was not."""
+"""Whether CUDA kernels can be compiled and launched here, what went wrong if one was not, and what outlives a call."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 log = logging.getLogger("gna_flex")
+
+T = TypeVar("T")
 
 _failure: str = ""
 _package: str | None = None
@@ -48,6 +53,16 @@ def try_again() -> None:
     global _failure
     _failure = ""
     changed()
+
+
+def lasting(make: Callable[[], T]) -> T:
+    """What ``make`` returns, made in a thread of its own, so that its tensors may outlive the call.
+
+    While a thread warms up or records a CUDA graph (``torch.compile(mode="reduce-overhead")``) torch takes all memory
+    that this thread asks for from the graph's own, which later graphs overwrite.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _missing_package() -> str:

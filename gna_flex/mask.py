@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -17,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from gna_flex import kernels
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
-from gna_flex.flex import RoutedTuple, Tiles, full_width
+from gna_flex.flex import RoutedTuple, Tiles, full_width, route_of
 from gna_flex.intervals import ceil_div, key_interval, query_interval
 from gna_flex.mask_mod import MaskMod, to_natural
 from gna_flex.neighborhood import GNA, Ints, as_int
@@ -28,6 +29,7 @@ from gna_flex.torch_private import BLOCK_TABLES
 if TYPE_CHECKING:
     from gna_flex.cuda.forward import Launcher
     from gna_flex.report import Report
+    from gna_flex.routing import Route
 
 DEFAULT_BLOCK = 128
 FULL_WIDTH_ENTRIES = 1 << 18
@@ -160,14 +162,33 @@ class GNABlockMask(BlockMask):
     def report(self, *, q_tile: Ints | None = None, kv_tile: Ints | None = None) -> Report:
         """What the mask skips, what it buys, and the proof: :func:`gna_flex.report.report` of its GNA.
 
-        A further condition (``and_mask``) and lengths of text are left out.
+        It also has the :meth:`route` of a call. A further condition (``and_mask``) and lengths of text are left out.
 
         >>> gna_mask(GNA((16, 16), 8, 8), device="cpu").report(q_tile=(8, 8)).perfect
         True
         """
         from gna_flex.report import report
 
-        return report(self.plan.gnas, q_tile=q_tile, kv_tile=kv_tile)
+        result = report(self.plan.gnas, q_tile=q_tile, kv_tile=kv_tile)
+        with contextlib.suppress(RuntimeError):  # no route takes such a call, or not the forced one
+            result = replace(result, route=self.route())
+        return result
+
+    def route(self, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Route:
+        """The route of an inference call with this mask, and why; :func:`gna_flex.explain` is exact about a call.
+
+        Raises:
+            RuntimeError: if there is none.
+
+        >>> gna_mask(GNA((16, 16), 8, 8), device="cpu").route().name
+        'reference'
+        """
+        heads = self.plan.heads or len(self.plan.gnas)
+        query, key = (
+            torch.empty(1, dtype=dtype, device=self.device).expand(self.plan.batch or 1, heads, tokens, head_dim)
+            for tokens in self.plan.seq_lengths
+        )
+        return route_of(query, key, self, needs_grad=False, value=key)
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,8 @@ from gna_flex.words import amount, by_x, percent, plain_text, times
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from gna_flex.routing import Route
+
 TILING_NAMES = {"flat": "natural order", "static": "static tiles", "anchored": "anchored tiles"}
 
 
@@ -101,6 +103,7 @@ class Report:
         simulations: for each different GNA the tiles per query tile in natural order (if counted), and with ``tiles``
             static and anchored.
         proofs: for each different GNA whether static ``tiles`` are perfectly block-sparse, with the reasons.
+        route: for a mask, how a call in bfloat16 with head dim 128 would be computed where the mask is.
     """
 
     gnas: tuple[GNA, ...]
@@ -111,6 +114,7 @@ class Report:
     best_tile: bool
     simulations: tuple[Simulation, ...]
     proofs: tuple[Proof | Refutation, ...]
+    route: Route | None = None
 
     @property
     def perfect(self) -> bool:
@@ -191,6 +195,7 @@ class Report:
             "perfectly_block_sparse": self.perfect,
             "simulations": [simulation.to_json() for simulation in self.simulations],
             "proofs": [proof.to_json() for proof in self.proofs],
+            "route": self.route and self.route._asdict(),
             "verdict": self.verdict,
         }
 
@@ -227,7 +232,8 @@ class Report:
         notes = Text("\n").join(Text(note, style="dim") for note in self._notes())
         verdict = Text.assemble(("> ", "bold green"), (self.verdict, "italic"))
         worst = [Padding(self._per_query_tile(), (0, 0, 1, 0))] if len(heads) == 1 and self.simulations else []
-        return Group(title, pairs, Padding(table, (1, 0)), *worst, notes, Padding(verdict, (1, 0, 0, 0)))
+        route = [Text(f"\nroute of a call, {self.route}", style="dim")] if self.route else []
+        return Group(title, pairs, Padding(table, (1, 0)), *worst, notes, *route, Padding(verdict, (1, 0, 0, 0)))
 
     def _per_query_tile(self) -> RenderableType:
         """Key tiles that a query tile visits, one row for each tiling."""

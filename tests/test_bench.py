@@ -194,7 +194,7 @@ def test_rounds_differ_in_order(monkeypatch):
     rounds = ["".join(pair) for pair in zip(order[::2], order[1::2], strict=True)]
     assert set(rounds) == {"ab", "ba"}
     assert len(rounds) == 22
-    assert calls == [1, 1] + [3] * 42, "20 ms are three calls of 7"
+    assert calls == [1, 1] + [15] * 42, "100 ms are fifteen calls of 7"
     assert times == {"a": 7.0, "b": 7.0}
 
 

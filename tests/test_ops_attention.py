@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import threading
 
 import pytest
 import torch
@@ -243,3 +244,12 @@ def test_compiled_functions_hear_of_a_failure(fresh_kernels, fresh_compiler):
     kernels.give_up(RuntimeError("broken"))
     compiled(torch.zeros(2))
     assert seen == ["", "a kernel failed before: broken"]
+
+
+def test_what_lasts_is_made_in_another_thread():
+    """torch takes memory from CUDA graphs by thread."""
+    assert kernels.lasting(threading.get_ident) != threading.get_ident()
+    with torch.inference_mode():
+        assert not kernels.lasting(lambda: torch.zeros(2)).is_inference()
+    with pytest.raises(ValueError, match="said"):
+        kernels.lasting(lambda: int("said"))

@@ -3,10 +3,11 @@ import json
 import random
 
 import pytest
+import torch
 from helpers import random_gna
 from rich.console import Console
 
-from gna_flex import GNA, gna_mask
+from gna_flex import GNA, backend, explain, gna_mask
 from gna_flex.presets import preset
 from gna_flex.report import report
 
@@ -131,3 +132,17 @@ def test_table_fits_80_columns():
 def test_errors(gnas, options, message):
     with pytest.raises(ValueError, match=message):
         report(gnas, **options)
+
+
+def test_the_report_of_a_mask_has_the_route_of_a_call():
+    mask = gna_mask(GNA((16, 16), 5), device="cpu")
+    result = mask.report()
+    assert result.route == mask.route() == explain(*torch.zeros(3, 1, 1, 256, 128, dtype=torch.bfloat16), mask)
+    assert result.to_json()["route"]["name"] == "reference"
+    assert "route of a call, reference" in str(result)
+    assert "not hopper: it needs an NVIDIA Hopper GPU" in str(result)
+    assert report(GNA((16, 16), 5)).route is None
+    with backend("hopper"):
+        assert mask.report().route is None
+        with pytest.raises(RuntimeError, match="forced route"):
+            mask.route()

@@ -29,6 +29,7 @@ from gna_flex.cuda.tables import (
     window_table,
     work_records,
 )
+from gna_flex.kernels import lasting
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
 
@@ -138,10 +139,10 @@ class Plan:
         for table in records:
             table[:, LENGTHS] = place[table[:, LENGTHS]]
         windows = [window_table(gna) for gna in gnas]
-        self.items = torch.from_numpy(np.concatenate(records)).to(device)
-        self.windows = torch.from_numpy(np.concatenate([rows for rows, _ in windows])).to(device)
-        of_head = [gnas.index(gna) for gna in self.request.gnas]
-        self.gna_of_head = torch.tensor(of_head, dtype=torch.int32, device=device) if len(gnas) > 1 else None
+        of_head = np.array([gnas.index(gna) for gna in self.request.gnas], np.int32)
+        arrays = np.concatenate(records), np.concatenate([rows for rows, _ in windows]), of_head
+        self.items, self.windows, heads = lasting(lambda: [torch.from_numpy(array).to(device) for array in arrays])
+        self.gna_of_head = heads if len(gnas) > 1 else None
         dims = padded_dims(self.gna)
         token_strides = [math.prod(dim[0] for dim in dims[axis + 1 :]) for axis in range(3)]
         params = parameters(len(classes))()
@@ -288,7 +289,8 @@ class Launcher:
         if capturing:
             # A graph reads the tables for ever, and may be replayed beside others: its launch has its own counters.
             _captured.add(plan)
-            arguments = plan.arguments((q, k, v, out), lse, _new_counters(index), scale, text_valid)
+            counters = torch.zeros(2, dtype=torch.int32, device=self.device)
+            arguments = plan.arguments((q, k, v, out), lse, counters, scale, text_valid)
         elif arguments is None:
             arguments = plan.arguments((q, k, v, out), lse, _counters(index, stream), scale, text_valid)
             with self._lock:
@@ -359,11 +361,8 @@ def plan(request: Request) -> Plan:
 @functools.cache
 def _counters(device: int, stream: int) -> Tensor:
     """The two counters of a stream: launches on one stream follow each other, and each leaves zeros."""
-    return _new_counters(device)
-
-
-def _new_counters(device: int) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+    # A copy, because that is complete when it returns, on whatever stream it was made.
+    return lasting(lambda: torch.zeros(2, dtype=torch.int32).to(torch.device("cuda", device)))
 
 
 _captured: set[Plan] = set()
