@@ -62,7 +62,7 @@ def flex_attention(
     mask = block_mask if isinstance(block_mask, GNABlockMask) else None
     compiling = torch.compiler.is_compiling()
     plain = score_mod is None and kernel_options is None and return_aux is None and not compiling
-    if mask is not None and mask.launchers and plain and not wants_grad(query, key, value):
+    if plain and mask is not None and mask.launchers and not wants_grad(query, key, value):
         known = recall(mask, (query, key, value), scale, enable_gqa)
         if known is not None:
             return known if return_lse else known[0]

@@ -83,8 +83,12 @@ def test_what_disturbs_goes_the_whole_way(mask, monkeypatch):
 
 def test_compiled_code_does_not_ask(mask, monkeypatch):
     monkeypatch.setattr(attention, "recall", None)
-    compiled = torch.compile(flex_attention, backend="eager", fullgraph=True)
+    graphs = []
+    compiled = torch.compile(flex_attention, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
     assert not (compiled(*INPUTS, block_mask=mask) == 7).any()
+    mask.launchers.clear()
+    compiled(*INPUTS, block_mask=mask)
+    assert len(graphs) == 1, "eager calls in between compile nothing anew"
 
 
 def test_a_launch_that_fails_goes_the_whole_way(mask):
