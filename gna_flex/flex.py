@@ -23,7 +23,8 @@ from gna_flex.intervals import ceil_div
 from gna_flex.reference import ScoreMod, reference_attention
 from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, forced
 from gna_flex.tiling import TileOrder
-from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity
+from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity, transforming
+from gna_flex.transforms import TransformedAttention
 
 if TYPE_CHECKING:
     from gna_flex.mask import GNABlockMask
@@ -130,9 +131,10 @@ def kernel_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: GNABlockMask, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the CUDA kernel."""
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (query, key, value, *mask.lists, factor, mask.valid_text)
-    return torch.ops.gna_flex.attention(*arguments)  # type: ignore[no-any-return]
+    numbers = (*mask.lists, query.shape[-1] ** -0.5 if scale is None else scale)
+    if not torch.compiler.is_compiling() and transforming():
+        return TransformedAttention.apply(query, key, value, *numbers, mask.valid_text)  # type: ignore[no-any-return]
+    return torch.ops.gna_flex.attention(query, key, value, *numbers, mask.valid_text)  # type: ignore[no-any-return]
 
 
 def _pairs(query: Tensor, key: Tensor) -> int:

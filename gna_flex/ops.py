@@ -16,9 +16,10 @@ from gna_flex.flex import eager_attention, to_base_2
 from gna_flex.mask import mask_of
 from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import reference_attention
+from gna_flex.reference import reference_attention, reference_backward
 from gna_flex.tiling import from_tiles, to_tiles
 from gna_flex.torch_private import FakeTensor
+from gna_flex.transforms import mapped, no_second_derivative
 
 if TYPE_CHECKING:
     from gna_flex.cuda.forward import Plan
@@ -208,14 +209,11 @@ def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference once more, with gradients."""
-    query, key, value, _, _, grad_out, grad_lse, *rest = arguments
+    """The reference's backward."""
+    query, key, value, out, lse, grad_out, grad_lse, *rest = arguments
     numbers, scale, text_valid = _split(query, tuple(rest))
-    with torch.enable_grad():
-        query, key, value = inputs = tuple(x.detach().requires_grad_() for x in (query, key, value))
-        out, lse, _ = reference_attention(query, key, value, _mask_mod(numbers, text_valid), scale=scale)
-        grads = torch.autograd.grad((out, lse), inputs, (grad_out.to(out.dtype), grad_lse.to(lse.dtype)))
-    return _like(grads, arguments)
+    mod = _mask_mod(numbers, text_valid)
+    return _like(reference_backward(query, key, value, out, lse, grad_out, grad_lse, mod, scale), arguments)
 
 
 def _like(grads: Any, tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,6 +242,20 @@ _library.impl("attention_backward", _backward_cuda, "CUDA")
 _library.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake("gna_flex::attention_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("gna_flex::attention", _attention_gradients, setup_context=_save, lib=_library)
+
+
+def _vmap(operator: Any) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        # The dispatcher leaves arguments out that have their default.
+        missing = len(operator.default._schema.arguments) - len(inputs)
+        return mapped(operator, info.batch_size, (*in_dims, *(None,) * missing), (*inputs, *(None,) * missing))
+
+    return rule
+
+
+torch.library.register_autograd("gna_flex::attention_backward", no_second_derivative, lib=_library)
+for _operator in (torch.ops.gna_flex.attention, torch.ops.gna_flex.attention_backward):
+    torch.library.register_vmap(_operator.default, _vmap(_operator), lib=_library)
 
 
 @register_flop_formula(torch.ops.gna_flex.attention)

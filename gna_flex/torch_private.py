@@ -28,6 +28,7 @@ __all__ = [
     "is_identity",
     "sliced_mask_mod",
     "trace_graph",
+    "transforming",
     "undisturbed",
 ]
 
@@ -96,3 +97,8 @@ def undisturbed(*tensors: Tensor) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and forward_ad._current_level < 0
     )
+
+
+def transforming() -> bool:
+    """Whether a function transform of ``torch.func``, or forward-mode differentiation, is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

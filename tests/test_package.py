@@ -29,6 +29,7 @@ ROOMS = [
     "reference",
     "routing",
     "direct",
+    "transforms",
     "flex",
     "mask",
     "flex_backward",
