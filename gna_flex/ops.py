@@ -16,7 +16,8 @@ from gna_flex.flex import eager_attention, to_base_2
 from gna_flex.mask import mask_of
 from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import reference_attention, reference_backward
+from gna_flex.reference import reference_attention
+from gna_flex.reference_backward import reference_backward
 from gna_flex.tiling import from_tiles, to_tiles
 from gna_flex.torch_private import FakeTensor
 from gna_flex.transforms import mapped, no_second_derivative

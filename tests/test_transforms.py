@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-import gna_flex
 from gna_flex import GNA, backend, flex_attention, gna_mask, reference_attention, routing
+from gna_flex.reference_backward import reference_backward
 
 NEAR = GNA((6, 5), (3, 2), text_last=3)
 MASK = gna_mask(NEAR, device="cpu")
@@ -194,5 +194,5 @@ def test_reference_backward_of_a_query_that_sees_nothing():
     grad_out = torch.randn_like(out)
     wanted = torch.autograd.grad(out, tensors, grad_out)
     plain = [x.detach() for x in (*tensors, out, lse, grad_out, torch.zeros_like(lse))]
-    grads = gna_flex.reference.reference_backward(*plain, gone, 8**-0.5)
+    grads = reference_backward(*plain, gone, 8**-0.5)
     torch.testing.assert_close(grads, wanted)
