@@ -1,5 +1,6 @@
 """Generalized Neighborhood Attention for PyTorch's FlexAttention and torch.compile."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gna_flex.attention import explain, flex_attention
@@ -11,15 +12,20 @@ from gna_flex.tiling import TileOrder, permute, unpermute
 
 if TYPE_CHECKING:
     from gna_flex.cuda.tune import tune as tune
+    from gna_flex.dynamo.backend import recognise_masks as recognise_masks
+    from gna_flex.dynamo.report import compile_report as compile_report
 else:
+    _LATER = {
+        "compile_report": "gna_flex.dynamo.report",
+        "recognise_masks": "gna_flex.dynamo.backend",
+        "tune": "gna_flex.cuda.tune",
+    }
 
     def __getattr__(name: str) -> Any:
-        """``tune``, at its first use: everything else does without the CUDA kernel."""
-        if name != "tune":
+        """Names of modules that are imported at their first use, for everything else does without them."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from gna_flex.cuda.tune import tune
-
-        return tune
+        return getattr(importlib.import_module(_LATER[name]), name)
 
 
 __version__ = "0.1.0"
@@ -30,10 +36,12 @@ __all__ = [
     "TileOrder",
     "__version__",
     "backend",
+    "compile_report",
     "explain",
     "flex_attention",
     "gna_mask",
     "permute",
+    "recognise_masks",
     "reference_attention",
     "tune",
     "unpermute",

@@ -5,16 +5,22 @@ Checked with torch 2.11, 2.13 and 2.15.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
 from torch._higher_order_ops.flex_attention import flex_attention as _hop
 from torch._higher_order_ops.flex_attention import flex_attention_backward as _backward_hop
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn.attention import flex_attention as _flex_module
 
 __all__ = [
@@ -23,13 +29,20 @@ __all__ = [
     "FakeTensor",
     "compile_graph",
     "current_stream",
+    "example_input",
     "flex_attention_backward_hop",
     "flex_attention_hop",
+    "inductor",
     "is_identity",
+    "known_int",
+    "likely_int",
+    "not_compiling",
+    "pre_grad_pass",
     "sliced_mask_mod",
     "trace_graph",
     "transforming",
     "undisturbed",
+    "variants_left",
 ]
 
 BLOCK_TABLES = (
@@ -102,3 +115,68 @@ def undisturbed(*tensors: Tensor) -> bool:
 def transforming() -> bool:
     """Whether a function transform of ``torch.func``, or forward-mode differentiation, is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def example_input(placeholder: FxNode) -> Any:
+    """What an input of a graph that Dynamo made is at the first call; ``None`` where Dynamo does not say."""
+    return getattr(placeholder.meta.get("grapharg"), "example", None)
+
+
+def known_int(number: Any) -> int | None:
+    """A size of a fake tensor that is a fixed number; ``None`` for a symbol. Makes no assumption about symbols."""
+    is_number = isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
+    return int(number) if is_number and is_concrete_int(number) else None
+
+
+def likely_int(number: Any) -> int | None:
+    """A number, or what a symbol stands for at the first call; ``None`` for anything else. Assumes nothing, either."""
+    if isinstance(number, torch.SymInt):
+        return number.node.hint if number.node.has_hint() else None
+    return number if isinstance(number, int) else None
+
+
+@contextlib.contextmanager
+def not_compiling() -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` is false: backends compute with real tensors, while torch says it compiles."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def variants_left() -> int:
+    """How often torch may compile the function again that it is compiling now, before it runs it uncompiled."""
+    compilation = CompileContext.current_compile_id()
+    number = getattr(compilation, "frame_compile_id", None)
+    return 0 if number is None else torch._dynamo.config.recompile_limit - number - 1
+
+
+def inductor(mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
+    """What ``torch.compile(mode=mode, options=options)`` hands graphs to."""
+    return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+@contextlib.contextmanager
+def pre_grad_pass(run: Callable[[GraphModule], None]) -> Iterator[None]:
+    """Inductor calls ``run`` on every graph before it derives gradients, after passes that were there before.
+
+    Before it looks into its cache, too: what ``run`` does may depend on more than the graph.
+    """
+    from torch._inductor import config
+
+    earlier = config.pre_grad_custom_pass
+    earlier = earlier if isinstance(earlier, list | tuple) else [earlier] if earlier is not None else []
+
+    def run_all(graph: torch.fx.Graph) -> None:
+        for one in earlier:
+            one(graph)
+        if graph.owning_module is not None:
+            run(graph.owning_module)
+
+    changes: dict[str, Any] = {"pre_grad_custom_pass": run_all}
+    if hasattr(config, "pre_grad_pass_timing"):  # always early in torch 2.11
+        changes["pre_grad_pass_timing"] = "early"
+    with config.patch(changes):
+        yield

@@ -27,6 +27,7 @@ ROOMS = [
     "plan",
     "blocks",
     "reference",
+    "reference_backward",
     "routing",
     "direct",
     "transforms",
@@ -36,8 +37,20 @@ ROOMS = [
     "ops",
     "attention",
 ]
-OPTIONAL = ("matplotlib", "skimage", "triton", "natten", "cuda", "rich", "torch._inductor")
-HEAVY = ("matplotlib", "skimage", "triton", "natten", "cuda.", "gna_flex.cuda", "gna_flex.cli")
+OPTIONAL = ("matplotlib", "skimage", "diffusers", "transformers", "triton", "natten", "cuda", "rich", "torch._inductor")
+INTEGRATIONS = [name for name in MODULES if name.startswith("integrations.")]
+HEAVY = (
+    "matplotlib",
+    "skimage",
+    "diffusers",
+    "transformers",
+    "triton",
+    "natten",
+    "cuda.",
+    "gna_flex.cuda",
+    "gna_flex.cli",
+    "gna_flex.dynamo",
+)
 
 IMPORT = f"""
 import sys
@@ -76,7 +89,9 @@ def test_public_names_exist_and_are_documented():
             assert not name.startswith("_")
 
 
-@pytest.mark.parametrize("name", ["GNA", "gna_mask", "flex_attention", "explain", "backend", "permute", "unpermute"])
+@pytest.mark.parametrize(
+    "name", ["GNA", "gna_mask", "flex_attention", "explain", "backend", "permute", "unpermute", "compile_report"]
+)
 def test_the_names_of_the_tutorials_are_public(name):
     assert name in gna_flex.__all__
 
@@ -141,7 +156,7 @@ def test_there_are_no_circles():
             del graph[module]
 
 
-@pytest.mark.parametrize("module", ["__init__", *ROOMS])
+@pytest.mark.parametrize("module", ["__init__", *ROOMS, *INTEGRATIONS])
 def test_optional_packages_are_imported_where_they_are_used(module):
     assert module in MODULES
     tree = ast.parse(path_of(module).read_text())

@@ -18,11 +18,18 @@ from gna_flex.torch_private import (
     BLOCK_TABLES,
     HOP_ARGUMENTS,
     FakeTensor,
+    example_input,
     flex_attention_hop,
+    inductor,
     is_identity,
+    known_int,
+    likely_int,
+    not_compiling,
+    pre_grad_pass,
     sliced_mask_mod,
     trace_graph,
     undisturbed,
+    variants_left,
 )
 
 
@@ -238,6 +245,55 @@ def test_plain_tensors(monkeypatch):
     assert undisturbed(x, torch.nn.Parameter(x), inference)
     for other in (torch._neg_view(x), x.as_subclass(OtherTensor), x.to_sparse(), x.to("meta")):
         assert not undisturbed(x, other)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_a_backend_sees():
+    """Real inputs, sizes that are fixed or symbols, and how often torch will compile the function again."""
+    seen = []
+
+    def backend(graph, inputs):
+        with not_compiling():
+            assert not torch.compiler.is_compiling()
+        (tensor,) = (x for x in graph.graph.nodes if isinstance(x.meta.get("example_value"), Tensor) and not x.args)
+        rows, columns = tensor.meta["example_value"].shape
+        numbers = known_int(rows), likely_int(rows), known_int(columns), likely_int(columns)
+        seen.append((example_input(tensor), *numbers, variants_left()))
+        return graph
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    limit = torch._dynamo.config.recompile_limit
+    inputs = [torch.zeros(rows, 3) for rows in (4, 5, 6)]
+    for x in inputs:
+        function(x)
+    assert [one[1:] for one in seen] == [(4, 4, 3, 3, limit - 1), (None, 5, 3, 3, limit - 2)]
+    assert seen[1][0] is inputs[1]
+    assert variants_left() == 0
+    assert known_int(7) == likely_int(7) == 7
+    assert known_int(None) is likely_int(None) is None
+
+
+def test_inductor_takes_modes_and_options():
+    assert inductor("max-autotune", None).config["max_autotune"] is True
+    assert inductor(None, {"max_autotune": True}).config == {"max_autotune": True}
+    assert inductor(None, None).config == {}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_passes_before_gradients():
+    """Ours comes after one that was there, sees the graph that Dynamo made, and leaves nothing behind."""
+    from torch._inductor import config
+
+    seen = []
+    with config.patch(pre_grad_custom_pass=lambda graph: seen.append("before")):
+        with pre_grad_pass(lambda module: seen.append(example_input(next(iter(module.graph.nodes))))):
+            x = torch.zeros(3)
+            torch.compile(lambda x: x + 1)(x)
+        assert len(seen) == 2
+        assert seen[0] == "before"
+        assert seen[1] is x
+        torch.compile(lambda x: x + 2)(x)
+        assert seen[2:] == ["before"]
 
 
 @pytest.mark.parametrize("name", gna_flex.torch_private.__all__)

@@ -1,0 +1,1 @@
+"""``torch.compile(model, backend="gna_flex")``: FlexAttention calls of a graph that take our routes."""
