@@ -177,8 +177,7 @@ def tiles_of(name: str, q: Tensor, mask: GNABlockMask) -> str:
 def _kernel_tiles(q: Tensor, mask: GNABlockMask) -> str:
     from gna_flex.cuda import forward
 
-    request = forward.Request(mask.plan.gnas, q.shape[-1], q.dtype == torch.float16, q.device.index)
-    plan = forward.plan(request)
+    plan = forward.plan_for(mask.plan.gnas, q)
     spare = 3 - mask.plan.gnas[0].ndim
     return f"{by_x(plan.tiles.q_tile[spare:])} | {by_x(plan.tiles.kv_tile[spare:])}"
 

@@ -45,13 +45,11 @@ def remember(mask: GNABlockMask, inputs: Inputs, scale: float | None, enable_gqa
     """Notes that the Hopper kernel took a call without gradients."""
     if not undisturbed(*inputs):
         return
-    from gna_flex.cuda.forward import Request, plan
+    from gna_flex.cuda.forward import plan_for
 
-    query = inputs[0]
-    request = Request(mask.plan.gnas, query.shape[-1], query.dtype == torch.float16, query.device.index)
     if len(mask.launchers) >= REMEMBERED:
         mask.launchers.clear()
-    mask.launchers[_signature(inputs, scale, enable_gqa)] = plan(request).launcher(*inputs)
+    mask.launchers[_signature(inputs, scale, enable_gqa)] = plan_for(mask.plan.gnas, inputs[0]).launcher(*inputs)
 
 
 def _signature(inputs: Inputs, scale: float | None, enable_gqa: bool) -> tuple[Any, ...]:

@@ -103,3 +103,21 @@ def test_memory_running_out_is_said(mask):
     mask.launchers = dict.fromkeys(mask.launchers, Launcher(torch.OutOfMemoryError("none left")))
     with pytest.raises(torch.OutOfMemoryError):
         flex_attention(*INPUTS, block_mask=mask)
+
+
+def test_what_is_remembered_is_the_launcher_of_the_calls_plan(mask, monkeypatch):
+    asked = []
+
+    class Plan:
+        def __init__(self, request):
+            asked.append((request.gnas, request.head_dim, request.float16))
+
+        def launcher(self, *tensors):
+            return Launcher()
+
+    monkeypatch.setattr("gna_flex.cuda.forward.plan", Plan)
+    mask.launchers.clear()
+    direct.remember(mask, INPUTS, 0.5, False)
+    assert asked == [((GNA((8, 8), 3),), 16, False)]
+    assert (flex_attention(*INPUTS, block_mask=mask, scale=0.5) == 7).all()
+    assert calls(mask) == [(0.5, None)]

@@ -358,6 +358,11 @@ def plan(request: Request) -> Plan:
     return Plan(request)
 
 
+def plan_for(gnas: tuple[GNA, ...], query: Tensor) -> Plan:
+    """The plan for masks and a query ``[B, H, S, D]`` on its GPU."""
+    return plan(Request(gnas, query.shape[-1], query.dtype == torch.float16, query.device.index))
+
+
 @functools.cache
 def _counters(device: int, stream: int) -> Tensor:
     """The two counters of a stream: launches on one stream follow each other, and each leaves zeros."""
