@@ -55,14 +55,11 @@ def crowded(config: Config) -> bool:
 def spill_budget(config: Config) -> int:
     """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that consumers have none.
 
-    The producer waits for memory most of the time. It keeps 32 registers beside three consumers, 40 from head dim 128
-    on, else 56, and needs some for the addresses of dilation groups and of text.
+    Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few.
     """
-    if crowded(config) or config.consumers == 3:
-        return 768 if config.dilated and config.text else 512
-    if config.head_dim >= 128:
-        return 384 if config.dilated or config.text else 96
-    return 64 if config.dilated or config.text else 0
+    if config.consumers == 3:
+        return 160
+    return 64 if crowded(config) else 0
 
 
 def name_of(config: Config) -> str:

@@ -5,21 +5,24 @@
 // may be text), BOUNDED_WAITS (debug).
 // "generated.cuh" has the two matrix multiplications for these sizes: mma_qk(s, q, k, accumulate) and mma_pv(o, p..., v).
 //
-// One CTA is a producer warpgroup, of which one thread works, and the consumer warpgroups. Each consumer owns a box of at
-// most 64 queries; all share the key boxes, which may start anywhere. The producer walks the key boxes of an item and sends
-// each with its coordinates and the kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of
-// their rows. Items are fetched from a counter, one ahead.
+// One CTA is a producer warpgroup, of which two threads work, and the consumer warpgroups. Each consumer owns a box of at
+// most 64 queries; all share the key boxes, which may start anywhere. The first producer fetches items from a counter, one
+// ahead, and loads their queries. The second walks the key boxes of an item and sends each with its coordinates and the
+// kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of their rows.
 //
-// Tried on an H200 and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape),
-// clusters that share key boxes, scores of the next item beside the last values of this one, exponentials as polynomials
-// (4 to 10 % slower), windows in shared memory, query slots given back later.
+// Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters that
+// share key boxes, scores of the next item beside the last values of this one (one loop over the boxes of all items: fewer
+// idle cycles, but slower), exponentials as polynomials (4 to 10 % slower), windows in shared memory, 3 consumers with 80
+// keys at head dim 128 (dense within noise, masks 2 to 9 % slower). The GPU runs at its power limit: cycles saved while the
+// tensor cores wait lower the clock, so count bytes and instructions rather than bubbles.
 #define kKeys KEYS
 #include "hopper/softmax.cuh"
 #include "hopper/generated.cuh"
 
 constexpr int kHeadDim = HEAD_DIM, kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES, kConsumers = CONSUMERS;
 constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32, kChunks = kHeadDim / kColumns, kRowBytes = 2 * kColumns;
-constexpr int kRows = 64;  // queries of one warpgroup
+constexpr int kRows = 64;    // queries of one warpgroup
+constexpr int kRecords = 2;  // items that are known: the current one and the next
 // Registers of a thread: at most 512 for the same thread of all warpgroups. The producer may spill, consumers must not;
 // 232 beat 224 by 1 to 2 % at head dim 128 and lost 5 % at 64.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim >= 128 ? 232 : 224;
@@ -32,8 +35,8 @@ constexpr u32 kQueryChunk = kConsumers * kRows * kRowBytes, kKeyChunk = kKeys * 
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kValues = kKeysAt + kKeyStages * kKeyBytes,
               kTable = kValues + kKeyStages * kKeyBytes, kWork = kTable + (kKeys + 5) * 16 * kMaskWords,
-              kBoxes = kWork + kQueryStages * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
-              kSharedBytes = kBarriers + 8 * (2 * kQueryStages + 4 * kKeyStages);
+              kBoxes = kWork + kRecords * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
+              kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
 
 // A stage of a ring of buffers, and the parity of its current phase.
@@ -85,7 +88,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 base = shared_address(shared);
   const u32 q_full = base + kBarriers, q_empty = q_full + 8 * kQueryStages, k_full = q_empty + 8 * kQueryStages,
-            k_empty = k_full + 8 * kKeyStages, v_full = k_empty + 8 * kKeyStages, v_empty = v_full + 8 * kKeyStages;
+            k_empty = k_full + 8 * kKeyStages, v_full = k_empty + 8 * kKeyStages, v_empty = v_full + 8 * kKeyStages, r_full = v_empty + 8 * kKeyStages,
+            r_empty = r_full + 8 * kRecords;
   u32* table = (u32*)(shared + kTable);
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
@@ -93,6 +97,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
 
   if (threadIdx.x == 0) {
+    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1);
     for (int i = 0; i < kQueryStages; i++) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, kConsumers);
     for (int i = 0; i < kKeyStages; i++) {
       barrier_init(k_full + 8 * i, 1), barrier_init(k_empty + 8 * i, 4 * kConsumers);
@@ -107,112 +112,125 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   }
   __syncthreads();
 
-  if (warpgroup == 0) {  // ---------------- producer
+  if (warpgroup == 0) {  // ---------------- producers
     give_registers<kProducerRegisters>();
-    if (threadIdx.x != 0) return;
-    Stage K{0, 1}, V{0, 1}, Q{0, 1};
-    const u32 key_bytes = box_keys * kRowBytes * kChunks;
-    for (int w = blockIdx.x, next;; w = next, Q.next(kQueryStages)) {
-      next = atomicAdd(P.counters, 1) + gridDim.x;  // used only after this item's loads, which hides its latency
-      if (w >= P.total) {
-        barrier_wait(q_empty + 8 * Q.index, Q.phase);
-        work[Q.index].boxes = 0;
-        barrier_arrive(q_full + 8 * Q.index);
-        break;
-      }
-      // The item, and where its tokens are. Items of text, much the longest, come before all others.
-      int i = w, per_head = P.items_per_head, first = 0;
-      if (TEXT) {
-        if (w < P.text_total) per_head = P.text_items;
-        else i -= P.text_total, per_head -= P.text_items, first = P.text_items;
-      }
-      const int head = i / per_head, b = head / P.heads, h = head % P.heads, key_head = h / P.queries_per_key_head;
-      const int gna = P.gna_of_head ? P.gna_of_head[h] : 0;
-      const Item& I = P.items[gna * P.items_per_head + first + i % per_head];
-      const int k_column = first_column(P.k, key_head, I.group), v_column = first_column(P.v, key_head, I.group);
-      const int k_place = key_head * P.k.head_place + b * P.k.batch_place, v_place = key_head * P.v.head_place + b * P.v.batch_place;
-      int text[2] = {0, 0}, boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
-      if (TEXT)
-        for (int i = 0; i < 2; i++) {
-          text[i] = P.text_valid ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
-          boxes += (text[i] + box_keys - 1) / box_keys;
+    if (lane != 0) return;
+    if (warp == 0) {  // items and queries
+      Stage R{0, 1}, Q{0, 1};
+      for (int w = blockIdx.x, next;; w = next, R.next(kRecords), Q.next(kQueryStages)) {
+        next = atomicAdd(P.counters, 1) + gridDim.x;  // used only after this item's loads, which hides its latency
+        barrier_wait(r_empty + 8 * R.index, R.phase);
+        Work& W = work[R.index];
+        if (w >= P.total) {
+          W.boxes = 0;
+          barrier_arrive(r_full + 8 * R.index);
+          break;
         }
-
-      // The key boxes of the grid in row-major order, then those of text.
-      int c0 = I.key[0], c1 = I.key[1], c2 = I.key[2], lengths = MAP_SETS > 1 ? I.lengths : 0, set = lengths;
-      const int k0 = c0, k1 = c1, k2 = c2, e0 = k0 + I.boxes[0] * P.keys[0], e1 = k1 + I.boxes[1] * P.keys[1], e2 = k2 + I.boxes[2] * P.keys[2];
-      const int f0 = k0 + I.full_begin[0] * P.keys[0], f1 = k1 + I.full_begin[1] * P.keys[1], f2 = k2 + I.full_begin[2] * P.keys[2];
-      const u32 g0 = I.full[0] * P.keys[0], g1 = I.full[1] * P.keys[1], g2 = I.full[2] * P.keys[2];
-      auto advance = [&] {
-        if (TEXT && set >= MAP_SETS) {
-          if ((c2 += box_keys) >= text[0] && set == MAP_SETS) set++, c2 = 0;
-          return;
+        // The item, and where its tokens are. Items of text, much the longest, come before all others.
+        int i = w, per_head = P.items_per_head, first = 0;
+        if (TEXT) {
+          if (w < P.text_total) per_head = P.text_items;
+          else i -= P.text_total, per_head -= P.text_items, first = P.text_items;
         }
-        if ((c2 += P.keys[2]) != e2) return;
-        c2 = k2;
-        if ((c1 += P.keys[1]) != e1) return;
-        c1 = k1;
-        if ((c0 += P.keys[0]) != e0) return;
-        if (TEXT) set = MAP_SETS + (text[0] == 0), c0 = c1 = c2 = 0;
-      };
-      auto load_keys = [&] {
-        barrier_wait(k_empty + 8 * K.index, K.phase);
-        const bool is_text = TEXT && set >= MAP_SETS;
-        if (is_text) {
-          const int count = min((set == MAP_SETS ? text[0] : text[1]) - c2, box_keys);
-          key_boxes[K.index] = KeyBox{{count, 0, 0}, count == kKeys ? kNoMask : kCountMask};
-        } else {
-          const bool full = (u32)(c0 - f0) < g0 && (u32)(c1 - f1) < g1 && (u32)(c2 - f2) < g2;
-          key_boxes[K.index] = KeyBox{{c0, c1, c2}, full ? kNoMask : kWindowMask};
-        }
-        barrier_expect(k_full + 8 * K.index, key_bytes);
-        const int column = is_text ? key_head * P.k.head_column : k_column;
-        load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[set], k_full + 8 * K.index, column, c2, c1, c0, k_place);
-        K.next(kKeyStages);
-      };
-      load_keys();
-
-      // The queries.
-      barrier_wait(q_empty + 8 * Q.index, Q.phase);
-      const int q_set = TEXT && I.kind ? MAP_SETS + I.kind - 1 : lengths;
-      const int q_column = first_column(P.q, h, I.group), q_place = h * P.q.head_place + b * P.q.batch_place;
-      const int rows = TEXT && I.kind ? kRows : P.box[0] * P.box[1] * P.box[2];
-      int token = TEXT && I.kind ? P.text_token[I.kind - 1] : P.grid_token;
-      if (DILATED) token += I.group[0] * P.group_stride[0] + I.group[1] * P.group_stride[1] + I.group[2] * P.group_stride[2];
-      work[Q.index] = Work{boxes, head, {I.query[0], I.query[1], I.query[2]}, lengths, I.kind, I.masked, first_column(P.o, h, I.group), token, gna * P.window_rows};
-      barrier_expect(q_full + 8 * Q.index, kConsumers * rows * kRowBytes * kChunks);
-      for (int i = 0; i < kConsumers * kChunks; i++) {
-        const int g = i % kConsumers, chunk = i / kConsumers;
+        const int head = i / per_head, b = head / P.heads, h = head % P.heads, key_head = h / P.queries_per_key_head;
+        const int gna = P.gna_of_head ? P.gna_of_head[h] : 0;
+        const Item& I = P.items[gna * P.items_per_head + first + i % per_head];
         const bool is_text = TEXT && I.kind;
-        tensor_load(base + kQueries + Q.index * kQueryBytes + chunk * kQueryChunk + g * kRows * kRowBytes, &maps.q[q_set], q_full + 8 * Q.index,
-                    q_column + chunk * kColumns, I.query[2] + g * (is_text ? kRows : P.beside[2]),
-                    I.query[1] + g * (is_text ? 0 : P.beside[1]), I.query[0] + g * (is_text ? 0 : P.beside[0]), q_place);
-      }
-
-      // Each box's values follow the next box's keys.
-#pragma unroll 1
-      for (int j = 1; j <= boxes; j++) {
-        const int v0 = c0, v1 = c1, v2 = c2, v_set = set;
-        if (j < boxes) {
-          advance();
-          load_keys();
+        int boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
+        if (TEXT)
+          for (int i = 0; i < 2; i++) {
+            W.text[i] = P.text_valid ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
+            boxes += (W.text[i] + box_keys - 1) / box_keys;
+          }
+        W.boxes = boxes, W.head = head, W.lengths = MAP_SETS > 1 ? I.lengths : 0, W.kind = I.kind, W.masked = I.masked;
+        W.column = first_column(P.o, h, I.group), W.windows = gna * P.window_rows;
+        W.token = is_text ? P.text_token[I.kind - 1] : P.grid_token;
+        if (DILATED) W.token += I.group[0] * P.group_stride[0] + I.group[1] * P.group_stride[1] + I.group[2] * P.group_stride[2];
+        W.key_head = key_head;
+        W.k_column = first_column(P.k, key_head, I.group), W.v_column = first_column(P.v, key_head, I.group);
+        W.k_place = key_head * P.k.head_place + b * P.k.batch_place, W.v_place = key_head * P.v.head_place + b * P.v.batch_place;
+        for (int d = 0; d < 3; d++) {
+          W.query[d] = I.query[d], W.key[d] = I.key[d], W.key_end[d] = I.key[d] + I.boxes[d] * P.keys[d];
+          W.full_begin[d] = I.key[d] + I.full_begin[d] * P.keys[d], W.full[d] = I.full[d] * P.keys[d];
         }
-        barrier_wait(v_empty + 8 * V.index, V.phase);
-        barrier_expect(v_full + 8 * V.index, key_bytes);
-        const int column = TEXT && v_set >= MAP_SETS ? key_head * P.v.head_column : v_column;
-        load_box(base + kValues + V.index * kKeyBytes, &maps.v[v_set], v_full + 8 * V.index, column, v2, v1, v0, v_place);
-        V.next(kKeyStages);
+        barrier_arrive(r_full + 8 * R.index);
+
+        barrier_wait(q_empty + 8 * Q.index, Q.phase);
+        const int set = is_text ? MAP_SETS + I.kind - 1 : W.lengths, rows = is_text ? kRows : P.box[0] * P.box[1] * P.box[2];
+        const int column = first_column(P.q, h, I.group), place = h * P.q.head_place + b * P.q.batch_place;
+        barrier_expect(q_full + 8 * Q.index, kConsumers * rows * kRowBytes * kChunks);
+#pragma unroll 1
+        for (int i = 0; i < kConsumers * kChunks; i++) {
+          const int g = i % kConsumers, chunk = i / kConsumers;
+          tensor_load(base + kQueries + Q.index * kQueryBytes + chunk * kQueryChunk + g * kRows * kRowBytes, &maps.q[set], q_full + 8 * Q.index,
+                      column + chunk * kColumns, I.query[2] + g * (is_text ? kRows : P.beside[2]),
+                      I.query[1] + g * (is_text ? 0 : P.beside[1]), I.query[0] + g * (is_text ? 0 : P.beside[0]), place);
+        }
+      }
+      // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
+      if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
+    }
+    if (warp == 1) {  // keys and values
+      Stage R{0, 0}, K{0, 1}, V{0, 1};
+      const u32 key_bytes = box_keys * kRowBytes * kChunks;
+      for (;; R.next(kRecords)) {
+        barrier_wait(r_full + 8 * R.index, R.phase);
+        const Work& W = work[R.index];
+        const int boxes = W.boxes;
+        if (boxes == 0) break;
+        // The key boxes of the grid in row-major order, then those of text.
+        int c0 = W.key[0], c1 = W.key[1], c2 = W.key[2], set = W.lengths;
+        auto advance = [&] {
+          if (TEXT && set >= MAP_SETS) {
+            if ((c2 += box_keys) >= W.text[0] && set == MAP_SETS) set++, c2 = 0;
+            return;
+          }
+          if ((c2 += P.keys[2]) != W.key_end[2]) return;
+          c2 = W.key[2];
+          if ((c1 += P.keys[1]) != W.key_end[1]) return;
+          c1 = W.key[1];
+          if ((c0 += P.keys[0]) != W.key_end[0]) return;
+          if (TEXT) set = MAP_SETS + (W.text[0] == 0), c0 = c1 = c2 = 0;
+        };
+        auto load_keys = [&] {
+          barrier_wait(k_empty + 8 * K.index, K.phase);
+          const bool is_text = TEXT && set >= MAP_SETS;
+          if (is_text) {
+            const int count = min(W.text[set - MAP_SETS] - c2, box_keys);
+            key_boxes[K.index] = KeyBox{{count, 0, 0}, count == kKeys ? kNoMask : kCountMask};
+          } else {
+            const bool full = (u32)(c0 - W.full_begin[0]) < W.full[0] && (u32)(c1 - W.full_begin[1]) < W.full[1] &&
+                              (u32)(c2 - W.full_begin[2]) < W.full[2];
+            key_boxes[K.index] = KeyBox{{c0, c1, c2}, full ? kNoMask : kWindowMask};
+          }
+          barrier_expect(k_full + 8 * K.index, key_bytes);
+          const int column = is_text ? W.key_head * P.k.head_column : W.k_column;
+          load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[set], k_full + 8 * K.index, column, c2, c1, c0, W.k_place);
+          K.next(kKeyStages);
+        };
+        // Each box's values follow the next box's keys.
+#pragma unroll 1
+        for (int j = 0; j <= boxes; j++) {
+          const int v0 = c0, v1 = c1, v2 = c2, v_set = set;
+          if (j > 0 && j < boxes) advance();
+          if (j < boxes) load_keys();
+          if (j == 0) continue;
+          barrier_wait(v_empty + 8 * V.index, V.phase);
+          barrier_expect(v_full + 8 * V.index, key_bytes);
+          const int column = TEXT && v_set >= MAP_SETS ? W.key_head * P.v.head_column : W.v_column;
+          load_box(base + kValues + V.index * kKeyBytes, &maps.v[v_set], v_full + 8 * V.index, column, v2, v1, v0, W.v_place);
+          V.next(kKeyStages);
+        }
+        barrier_arrive(r_empty + 8 * R.index);
       }
     }
-    // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
-    if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
     return;
   }
 
   // ---------------- consumers
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, lane_class = lane % 4;
-  Stage K{0, 0}, V{0, 0}, Q{0, 0};
+  Stage K{0, 0}, V{0, 0}, Q{0, 0}, R{0, 0};
   float o[kHeadDim / 2];
   u32 p[kKeys / 4];
   Rows rows;
@@ -236,6 +254,15 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   auto position = [&](int r, int d) {
     if (is_text()) return d == 2 ? W.query[2] + consumer * kRows + row_of(r) : 0;
     return W.query[d] + consumer * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
+  };
+  // The query slot that the last output leaves from, to be given back once it has left: while the next scores are computed.
+  u32 owed = 0;
+  auto give_back = [&] {
+    if (owed) {
+      stores_read();
+      barrier_arrive(owed);
+      owed = 0;
+    }
   };
   auto query_rows = [&] { return base + kQueries + Q.index * kQueryBytes + consumer * kRows * kRowBytes; };
 
@@ -321,26 +348,29 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     fence_async();
     named_barrier(1 + consumer, 128);
     if (threadIdx.x % 128 == 0) {
+      barrier_arrive(r_empty + 8 * R.index);
       const int b = W.head / P.heads, h = W.head % P.heads, set = is_text() ? MAP_SETS + W.kind - 1 : W.lengths;
       const int step0 = is_text() ? 0 : P.beside[0], step1 = is_text() ? 0 : P.beside[1], step2 = is_text() ? kRows : P.beside[2];
       for (int i = 0; i < kChunks; i++)
         tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
                      W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
-      stores_read();
-      barrier_arrive(q_empty + 8 * Q.index);
+      stores_begin();
+      owed = q_empty + 8 * Q.index;
     }
   };
 
-  for (;; Q.next(kQueryStages)) {
-    barrier_wait(q_full + 8 * Q.index, Q.phase);
-    W = work[Q.index];
+  for (;; Q.next(kQueryStages), R.next(kRecords)) {
+    barrier_wait(r_full + 8 * R.index, R.phase);
+    W = work[R.index];
     if (W.boxes == 0) break;
     const u32 q_rows = query_rows();
     begin();
+    barrier_wait(q_full + 8 * Q.index, Q.phase);
     // First key box, nothing else in flight.
     {
       float s[kKeys / 2];
       issue_scores(s, q_rows);
+      if (kQueryStages > 1) give_back();
       mma_wait<0>(), keep(s);
       keys_used();
       weigh(s);
@@ -367,6 +397,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     mma_wait<0>(), keep(o);
     values_used();
     write_output();
+    if (kQueryStages == 1) give_back();
   }
   if (threadIdx.x % 128 == 0) stores_done();
 }

@@ -16,7 +16,7 @@ struct Item {
   int unused[3];
 };
 
-// What consumers need of an item, in shared memory.
+// An item as its producer hands it on, in shared memory.
 struct alignas(16) Work {
   int boxes;     // key boxes, those of text included; 0 ends the kernel
   int head;      // batch * heads + head
@@ -27,7 +27,13 @@ struct alignas(16) Work {
   int column;    // where the query's columns start in dimension 0 of the output's map
   int token;     // index of the token at position 0 of the dilation group
   int windows;   // first row of the head's windows
-  int unused;
+  // For the producer of keys and values, in tokens.
+  int key[3], key_end[3];      // where key boxes start and end
+  int full_begin[3];           // boxes in [full_begin, full_begin + full) need no mask
+  u32 full[3];
+  int text[2];                 // text tokens that count
+  int key_head, k_column, v_column, k_place, v_place;
+  int unused[2];
 };
 
 enum { kNoMask = 0, kWindowMask = 1, kCountMask = 2 };

@@ -47,13 +47,13 @@ class Config:
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> Config(128).shared_bytes
-        198960
+        199152
         """
         mask_words = -(-self.keys // 128)
         queries = self.query_stages * self.consumers * 64 * self.head_dim * 2
         keys = 2 * self.key_stages * self.keys * self.head_dim * 2
-        tables = (self.keys + 5) * 16 * mask_words + 48 * self.query_stages + 16 * self.key_stages
-        return queries + keys + tables + 8 * (2 * self.query_stages + 4 * self.key_stages)
+        tables = (self.keys + 5) * 16 * mask_words + 2 * 128 + 16 * self.key_stages
+        return queries + keys + tables + 8 * (2 * 2 + 2 * self.query_stages + 4 * self.key_stages)
 
     def defines(self) -> dict[str, int]:
         """Macros of the kernel's source."""
