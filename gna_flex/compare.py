@@ -29,6 +29,8 @@ from gna_flex.words import by_x
 
 DENSE_FLOPS = 2e16
 """Dense attention with more arithmetic than this, half a minute on an H200, is not run."""
+WAYS = ("dense", *(name for name in ROUTES if name != "reference"), "natten")
+"""Ways to compute attention that are measured."""
 WARM_UP = 2
 SAMPLE = 100.0
 """Milliseconds that one sample lasts at least on a GPU, after as much that is not timed: short calls are repeated.
@@ -65,21 +67,28 @@ def bench_attention(
     device: str = "cuda",
     backward: bool = False,
     repeats: int = 20,
+    ways: tuple[str, ...] = WAYS,
 ) -> list[Timing]:
-    """Every way to compute attention under one GNA, and dense attention without a mask; the first is the baseline.
+    """Ways to compute attention under one GNA, of :data:`WAYS`; dense attention without a mask is the baseline.
 
     Raises:
         AssertionError: if a result differs from the reference.
-        ValueError: if a backward is asked for on a CPU, where FlexAttention has none.
+        ValueError: if a backward is asked for on a CPU, where FlexAttention has none, or a way is unknown.
     """
     if backward and torch.device(device).type == "cpu":
         raise ValueError("backward=True, but FlexAttention has no backward on the CPU: measure it on a GPU")
+    unknown = [name for name in ways if name not in WAYS]
+    if unknown:
+        raise ValueError(f"ways={' '.join(unknown)}: known are {', '.join(WAYS)}")
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, heads, gna.tokens, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(3))
     mask = gna_mask(gna, device=device)
-    all_ = [dense(q, k, v), *(routed(name, q, k, v, mask, backward) for name in ROUTES if name != "reference")]
-    all_.append(natten(q, k, v, gna, backward))
+    make: dict[str, Callable[[], Contender]] = {
+        name: functools.partial(routed, name, q, k, v, mask, backward) for name in ROUTES if name != "reference"
+    }
+    make |= {"dense": lambda: dense(q, k, v), "natten": lambda: natten(q, k, v, gna, backward)}
+    all_ = [make[name]() for name in ("dense", *(name for name in ways if name != "dense"))]
     for way in all_:
         if way.run is not None and way.name != "dense":
             check_rows(way.name, way.to_natural(way.run()), q, k, v, mask)

@@ -145,6 +145,13 @@ def test_attention(capsys, monkeypatch):
     assert "x" in by_name["flex-tiles"]["tiles"]
 
 
+def test_only_some_ways(capsys, monkeypatch):
+    fake_routes(monkeypatch)
+    numbers = json.loads(ok(capsys, "bench", "attention", *SMALL, "--ways", "flex", "--json"))
+    assert [timing["name"] for timing in numbers["timings"]] == ["dense", "flex"]
+    assert numbers["settings"]["ways"] == ["flex"]
+
+
 def test_heads_of_a_preset(capsys, monkeypatch):
     seen = {}
 
@@ -283,6 +290,7 @@ def test_natten_that_is_wrong_raises(natten, monkeypatch):
         (["bench", "mask", "8x8", "--window", "9"], "window"),
         (["bench", "mask", "8x8", "--device", "warp9"], "device=warp9"),
         (["bench", "attention", *SMALL, "--backward"], "no backward on the CPU"),
+        (["bench", "attention", *SMALL, "--ways", "flex", "nattem"], "ways=nattem: known are dense, hopper"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(capsys, argv, message):

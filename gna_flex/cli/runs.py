@@ -78,6 +78,7 @@ def add_bench(verbs: Subparsers) -> None:
     verb.add_argument("--head-dim", type=positive, metavar="N", help="attention: default: the preset's, or 128")
     verb.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="attention: type (default: bfloat16)")
     verb.add_argument("--backward", action="store_true", help="attention: time the backward pass instead")
+    verb.add_argument("--ways", nargs="+", metavar="NAME", help="attention: only these beside dense, say hopper natten")
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -102,6 +103,8 @@ def run_bench(args: argparse.Namespace) -> int:
             "dtype": getattr(torch, args.dtype),
             "backward": args.backward,
         }
+        if args.ways:
+            options["ways"] = tuple(args.ways)
     measure = bench.bench_mask if args.what == "mask" else compare.bench_attention
     try:
         with working(f"measuring {args.what}, {gna.tokens:,} tokens"):

@@ -390,6 +390,26 @@ def test_threads_and_streams(small) -> None:
     assert all(torch.equal(result, out) for result in results)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one(small) -> None:
+    inputs, _, out = small
+    there = [x.to("cuda:1").requires_grad_() for x in inputs]
+    mask = gna_mask(SMALL, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    results = [flex_attention(*(x.detach() for x in there), block_mask=mask) for _ in range(3)]  # the last: the short way
+    assert all(x.device.index == 1 and torch.equal(x.to("cuda:0"), out) for x in results)
+    with gna_flex.backend("hopper"):
+        grads = torch.autograd.grad(flex_attention(*there, block_mask=mask).sum(), there)
+    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
+    with torch.cuda.device(1):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = flex_attention(*(x.detach() for x in there), block_mask=mask)
+        captured.fill_(math.nan)
+        graph.replay()
+    assert torch.equal(captured.to("cuda:0"), out)
+
+
 def test_operator(small) -> None:
     inputs, mask, out = small
     arguments = (*inputs, *mask.lists, 128**-0.5)
