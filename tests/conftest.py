@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from gna_flex import flex
+from gna_flex.dynamo import report
 
 settings.register_profile("gna_flex", deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("gna_flex")
@@ -55,3 +56,11 @@ def fresh_compiler() -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def no_reports() -> Iterator[None]:
+    """No compiled graph from any other test in ``compile_report()``."""
+    report._reports.clear()
+    yield
+    report._reports.clear()
