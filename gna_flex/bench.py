@@ -1,6 +1,6 @@
-"""Measurements: how long a mask takes to build, against what torch has, in one run; and how measurements are shown.
+"""Measurements: how long a mask takes to build and a model to compile, against torch; and how measurements are shown.
 
-Results are checked before anything is timed. Times are medians. Attention is measured in ``compare``.
+Results are checked. Times are medians. Attention is measured in ``compare``.
 """
 
 from __future__ import annotations
@@ -8,19 +8,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import gna_flex
+from gna_flex.dynamo.backend import gna_flex_backend
+from gna_flex.dynamo.report import compile_report
 from gna_flex.mask import gna_mask
 from gna_flex.neighborhood import GNA
 
@@ -161,6 +167,70 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class _Layer(nn.Module):
+    """A layer of a transformer that calls torch's flex_attention, four heads of 64."""
+
+    def __init__(self, mask: BlockMask) -> None:
+        super().__init__()
+        self.mask = mask
+        self.before, self.qkv, self.out = nn.LayerNorm(256), nn.Linear(256, 768), nn.Linear(256, 256)
+        self.mlp = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, S, 256]`` to the same."""
+        query, key, value = self.qkv(self.before(x)).unflatten(-1, (3, 4, 64)).transpose(1, 3).unbind(2)
+        attended: Any = flex_attention(query, key, value, block_mask=self.mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return torch.add(x, self.mlp(x))
+
+
+def bench_compile(gna: GNA, layers: int = 4, device: str = "cpu", repeats: int = 3) -> list[Timing]:
+    """Compiling a transformer whose masks are not ours: by Inductor, and by the backend ``"gna_flex"``.
+
+    Every measurement is in a process of its own and with empty caches. The time is that of the first call less that of
+    the second. ``recognising`` is the part that the backend adds: finding calls, recognising masks, rewriting.
+
+    Raises:
+        AssertionError: if a mask is not recognised.
+    """
+    measured: dict[str, list[tuple[float, float]]] = {"inductor": [], "gna_flex": []}
+    for name in list(measured) * repeats:
+        # Unlike a Pool it lets its process end in its own time, which has processes of Inductor to end.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            measured[name].append(process.submit(_time_compile, name, gna, layers, device).result())
+    inductor, ours = (statistics.median(total for total, _ in runs) for runs in measured.values())
+    added = statistics.median(part for _, part in measured["gna_flex"])
+    note = f"{added / inductor:.1%} of Inductor's time"
+    return [
+        Timing("inductor", inductor, math.nan),
+        Timing("gna_flex", ours, math.nan),
+        Timing("recognising", added, math.nan, note),
+    ]
+
+
+def _time_compile(name: str, gna: GNA, layers: int, device: str) -> tuple[float, float]:
+    """Milliseconds that compiling takes, and those of it that are spent on masks."""
+    mask = gna_mask(gna, device=device).canonical()
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    model = nn.Sequential(*(_Layer(mask) for _ in range(layers))).to(device, dtype).eval()
+    x = torch.randn(1, gna.tokens, 256, device=device, dtype=dtype)
+    with tempfile.TemporaryDirectory() as cache, torch.no_grad():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        torch.compile(torch.sin)(x)  # imports and first-call set-up are not the model's cost
+        compiled = torch.compile(model, backend="inductor" if name == "inductor" else gna_flex_backend)
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            compiled(x)
+            _synchronize(device)
+            times.append((time.perf_counter() - begin) * 1e3)
+    report = compile_report()
+    found = [call.gna for call in report.calls]
+    if name == "gna_flex" and found != [gna] * layers:
+        raise AssertionError(f"{gna}: recognised as {found}")
+    return times[0] - times[1], report.seconds * 1e3
+
+
 def environment(device: str) -> dict[str, Any]:
     """What a recorded measurement was made with."""
     facts: dict[str, Any] = {
@@ -192,7 +262,7 @@ def _driver_version() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
 
 
-BASELINES = {"mask": "create_block_mask", "attention": "dense"}
+BASELINES = {"mask": "create_block_mask", "compile": "inductor", "attention": "dense"}
 """What the other timings of a measurement are compared with."""
 
 

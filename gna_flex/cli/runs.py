@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,12 +68,14 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def add_bench(verbs: Subparsers) -> None:
     """``bench``: measurements."""
-    verb = add_verb(verbs, "bench", run_bench, "time to build a mask, or of attention, against torch's own")
-    verb.add_argument("what", choices=("mask", "attention"), help="build the block mask, or compute attention under it")
+    verb = add_verb(verbs, "bench", run_bench, "time of masks, of compiling and of attention, against torch's own")
+    what = "build the block mask, compile a transformer with it, or compute attention under it"
+    verb.add_argument("what", choices=("mask", "compile", "attention"), help=what)
     add_gna_arguments(verb)
-    verb.add_argument("--device", help="default: cpu for mask, the accelerator for attention")
+    verb.add_argument("--device", help="default: cpu for mask, the accelerator for the others")
     verb.add_argument("--repeats", type=positive, metavar="N", help="measurements, of which the median counts")
     verb.add_argument("--order", choices=("row-major", "tiles"), default="row-major", help="mask: order of the tokens")
+    verb.add_argument("--layers", type=positive, default=4, metavar="N", help="compile: layers (default: 4)")
     verb.add_argument("--batch", type=positive, default=1, metavar="N", help="attention: batch size (default: 1)")
     verb.add_argument("--heads", type=positive, metavar="N", help="attention: heads (default: the preset's, or 24)")
     verb.add_argument("--head-dim", type=positive, metavar="N", help="attention: default: the preset's, or 128")
@@ -94,6 +97,8 @@ def run_bench(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"device": device} | ({"repeats": args.repeats} if args.repeats else {})
     if args.what == "mask":
         options |= {"order": args.order}
+    elif args.what == "compile":
+        options |= {"layers": args.layers}
     else:
         known = preset(args.preset) if args.preset else None
         options |= {
@@ -105,10 +110,11 @@ def run_bench(args: argparse.Namespace) -> int:
         }
         if args.ways:
             options["ways"] = tuple(args.ways)
-    measure = bench.bench_mask if args.what == "mask" else compare.bench_attention
+    measure: dict[str, Callable[..., list[bench.Timing]]]
+    measure = {"mask": bench.bench_mask, "compile": bench.bench_compile, "attention": compare.bench_attention}
     try:
         with working(f"measuring {args.what}, {gna.tokens:,} tokens"):
-            timings = measure(gna, **options)
+            timings = measure[args.what](gna, **options)
     except AssertionError as error:
         print(f"gna-flex bench: {error}", file=sys.stderr)
         return 1
@@ -125,6 +131,8 @@ def _bench_device(what: str) -> str:
     if what == "mask":
         return "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None and what == "compile":
+        return "cpu"
     if accelerator is None:
         raise ValueError("attention is measured on a GPU, and there is none; --device cpu works for small layouts")
     return accelerator.type
