@@ -178,7 +178,9 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, S, 256]`` to the same."""
-        query, key, value = self.qkv(self.before(x)).unflatten(-1, (3, 4, 64)).transpose(1, 3).unbind(2)
+        parts = self.qkv(self.before(x)).unflatten(-1, (3, 4, 64)).transpose(1, 3).unbind(2)
+        # Norms as models have them; on a CPU, Inductor takes neither parts of a tensor nor what comes from a product.
+        query, key, value = (nn.functional.rms_norm(part, (64,)) for part in parts)
         attended: Any = flex_attention(query, key, value, block_mask=self.mask)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return torch.add(x, self.mlp(x))
