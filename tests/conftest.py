@@ -4,13 +4,15 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
 from gna_flex import flex
-from gna_flex.dynamo import report
+from gna_flex.dynamo import report, rewrite
+from gna_flex.routing import Route
 
 settings.register_profile("gna_flex", deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("gna_flex")
@@ -64,3 +66,17 @@ def no_reports() -> Iterator[None]:
     report._reports.clear()
     yield
     report._reports.clear()
+
+
+@pytest.fixture
+def route(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Any]:
+    """A route that CPU tensors do not take by themselves; the operators have CPU kernels. What is asked is kept."""
+    name = getattr(request, "param", "hopper")
+    seen: list[Any] = []
+
+    def route_of(query: Any, key: Any, mask: Any, **options: Any) -> Route:
+        seen.append((query, key, mask, options))
+        return Route(name, "for a test", ())
+
+    monkeypatch.setattr(rewrite, "route_of", route_of)
+    return seen

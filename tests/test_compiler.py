@@ -1,63 +1,31 @@
-"""The backend "gna_flex" and ``recognise_masks``: what they rewrite and what they leave alone; results are right."""
-
-import functools
-import json
-import logging
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""The backend "gna_flex": calls of torch's flex_attention that it rewrites; results are right."""
 
 import pytest
 import torch
+from foreign_masks import (
+    CAUSAL,
+    MASK,
+    STYLES,
+    assert_right,
+    block_mask,
+    clamped,
+    compiled,
+    only,
+    plain,
+    tensors,
+)
 from helpers import dense_mask
 from torch import nn
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    BlockMask,
-    and_masks,
-    create_block_mask,
-    flex_attention,
-    noop_mask,
-)
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-import gna_flex
-from gna_flex import GNA, compile_report, gna_mask, recognise_masks, reference_attention
-from gna_flex.dynamo import report, rewrite
-from gna_flex.dynamo.backend import gna_flex_backend
-from gna_flex.dynamo.graph import bodies
-from gna_flex.dynamo.lists import agree
-from gna_flex.routing import Route
-from gna_flex.torch_private import BLOCK_TABLES
+from gna_flex import GNA, compile_report, gna_mask, reference_attention
+from gna_flex.dynamo import rewrite
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "no_reports")
 
-ROOT = Path(gna_flex.__file__).parent.parent
 INNER = pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 ROUTES = pytest.mark.parametrize("route", ["hopper", "flex-tiles"], indirect=True)
-
-
-@pytest.fixture
-def no_reports():
-    report._reports.clear()
-    yield
-    report._reports.clear()
-
-
-@pytest.fixture
-def route(monkeypatch, request):
-    """A route that CPU tensors do not take by themselves; the operators have CPU kernels."""
-    name = getattr(request, "param", "hopper")
-    seen = []
-
-    def route_of(query, key, mask, **options):
-        seen.append((query, key, mask, options))
-        return Route(name, "for a test", ())
-
-    monkeypatch.setattr(rewrite, "route_of", route_of)
-    return seen
 
 
 @pytest.fixture
@@ -66,70 +34,6 @@ def trains_on_cpu(monkeypatch):
     from torch.nn.attention import flex_attention as module
 
     monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
-
-
-def compiled(function, inner="aot_eager", **options):
-    return torch.compile(function, backend=functools.partial(gna_flex_backend, inner=inner), fullgraph=True, **options)
-
-
-def tensors(tokens=64, batch=2, heads=2, kv_heads=None, **options):
-    """Query, key and value as a model makes them: a view of [batch, tokens, heads, head dim]."""
-    return [torch.randn(batch, tokens, h, 16, **options).transpose(1, 2) for h in (heads, *[kv_heads or heads] * 2)]
-
-
-def plain(query, key, value, mask, score_mod=None, scale=None):
-    return flex_attention(query, key, value, score_mod, mask, scale, enable_gqa=True)
-
-
-def clamped(height, width, rows, columns):
-    """Distance to a center that is kept away from the edges."""
-
-    def mod(b, h, q_idx, kv_idx):
-        y = (q_idx // width).clamp(rows // 2, height - 1 - rows // 2)
-        x = (q_idx % width).clamp(columns // 2, width - 1 - columns // 2)
-        return ((kv_idx // width - y).abs() <= rows // 2) & ((kv_idx % width - x).abs() <= columns // 2)
-
-    return mod
-
-
-def window_start(height, width, rows, columns):
-    """``start <= key < start + window``, with a loop over dimensions."""
-
-    def mod(b, h, q_idx, kv_idx):
-        keep = q_idx >= 0
-        for length, window in ((width, columns), (height, rows)):
-            q, k = q_idx % length, kv_idx % length
-            q_idx, kv_idx = q_idx // length, kv_idx // length
-            start = torch.clamp(q - window // 2, 0, length - window)
-            keep = keep & (k >= start) & (k < start + window)
-        return keep
-
-    return mod
-
-
-def block_mask(mod, tokens=64, heads=None, **options):
-    return create_block_mask(mod, None, heads, tokens, tokens, device="cpu", **{"BLOCK_SIZE": 16, **options})
-
-
-STYLES = {
-    "clamped": (clamped(8, 8, 3, 5), GNA((8, 8), (3, 5))),
-    "window-start": (window_start(8, 8, 3, 4), GNA((8, 8), (3, 4))),
-    "causal": (lambda b, h, q, k: q >= k, GNA(64, -1, causal=True)),
-    "sliding": (and_masks(lambda b, h, q, k: q >= k, lambda b, h, q, k: q - k < 9), GNA(64, 9, causal=True)),
-    "blocks": (lambda b, h, q, k: q // 16 == k // 16, GNA(64, 16, 16)),
-    "where": (lambda b, h, q, k: torch.where(q < k, False, k > q - 7), GNA(64, 7, causal=True)),
-    "everything": (noop_mask, GNA(64, -1)),
-}
-
-
-def only():
-    """The one call that was reported."""
-    (call,) = compile_report().calls
-    return call
-
-
-def assert_right(out, qkv, mask_mod):
-    torch.testing.assert_close(out, reference_attention(*qkv, mask_mod)[0])
 
 
 @INNER
@@ -299,15 +203,6 @@ def sliding(window):
     return lambda b, h, q, k: (q >= k) & (q - k < window)
 
 
-def test_dynamic_tokens_are_left_alone(route):
-    mod = STYLES["causal"][0]
-    function = compiled(plain, dynamic=True)
-    for tokens in (64, 96):
-        qkv = tensors(tokens)
-        assert_right(function(*qkv, block_mask(mod, tokens)), qkv, mod)
-    assert {(call.route, call.reason) for call in compile_report().calls} == {("", "the number of tokens is dynamic")}
-
-
 def test_two_masks_in_one_graph(route):
     mods = [STYLES["clamped"][0], STYLES["window-start"][0]]
     masks = [block_mask(mod) for mod in mods]
@@ -370,198 +265,6 @@ def test_own_masks_route_themselves(route):
     assert (compile_report(last=1).calls[0].gna, compile_report(last=1).calls[0].route) == (gna, "hopper")
 
 
-def linear_bias(score, b, h, q, k):
-    return score + 0.1 * (q - k)
-
-
-TABLE = torch.arange(64) // 16
-CAUSAL = STYLES["causal"][0]
-LEFT = {
-    "documents": (lambda q, k, v: plain(q, k, v, DOCUMENTS), lambda b, h, q, k: TABLE[q] == TABLE[k], "a tensor"),
-    "diagonal": (lambda q, k, v: plain(q, k, v, DIAGONAL), lambda b, h, q, k: (q - k).abs() <= 2, "no GNA"),
-    "options": (
-        lambda q, k, v: flex_attention(q, k, v, block_mask=MASK, kernel_options={"BLOCK_M": 16}),
-        CAUSAL,
-        "BLOCK_M=16",
-    ),
-    "backend": (
-        lambda q, k, v: flex_attention(q, k, v, block_mask=MASK, kernel_options={"BACKEND": "TRITON"}),
-        CAUSAL,
-        "BACKEND=TRITON",
-    ),
-    "no-mask": (lambda q, k, v: flex_attention(q, k, v), noop_mask, "sizes of mask"),
-    "computed": (lambda q, k, v: plain(q, k, v, copied()), CAUSAL, "inside of the graph"),
-}
-MASK = block_mask(CAUSAL)
-
-
-def copied():
-    """The mask with block lists that a compiled function computes."""
-    full = MASK.full_kv_num_blocks, MASK.full_kv_indices
-    return BlockMask.from_kv_blocks(MASK.kv_num_blocks + 0, MASK.kv_indices, *full, BLOCK_SIZE=16, mask_mod=CAUSAL)
-
-
-DIAGONAL = block_mask(LEFT["diagonal"][1])
-DOCUMENTS = block_mask(LEFT["documents"][1])
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_left_alone(route, name):
-    function, mod, reason = LEFT[name]
-    qkv = tensors()
-    assert_right(compiled(function)(*qkv), qkv, mod)
-    assert only().route == ""
-    assert reason in only().reason
-
-
-def test_score_mods_are_left_alone(route):
-    qkv = tensors()
-    out = compiled(plain)(*qkv, MASK, linear_bias)
-    torch.testing.assert_close(out, reference_attention(*qkv, CAUSAL, score_mod=linear_bias)[0])
-    assert (only().route, only().reason) == ("", "it has a score_mod")
-
-
-def test_maximum_is_a_reason_for_routing(monkeypatch):
-    """Our kernel returns none; the decision is routing's."""
-    qkv = tensors()
-
-    def model(q, k, v):
-        out, aux = flex_attention(q, k, v, block_mask=MASK, return_aux=AuxRequest(max_scores=True))
-        return out, aux.max_scores
-
-    seen = []
-    choose = rewrite.route_of
-    monkeypatch.setattr(rewrite, "route_of", lambda *args, **options: seen.append(options) or choose(*args, **options))
-    try:
-        out, top = compiled(model, "eager")(*qkv)
-    except Exception as error:
-        pytest.skip(f"torch returns no maximum on a CPU: {str(error).splitlines()[0]}")
-    exact = reference_attention(*qkv, CAUSAL)
-    torch.testing.assert_close((out, top), (exact[0], exact[2]))
-    assert seen[0]["wants_maximum"]
-    assert only().route == ""
-
-
-def test_nothing_is_rewritten_on_a_cpu():
-    qkv = tensors()
-    assert_right(compiled(plain)(*qkv, MASK), qkv, CAUSAL)
-    assert "nothing of ours is better here" in only().reason
-    with gna_flex.backend("hopper"):
-        torch.compiler.reset()
-        assert_right(compiled(plain)(*qkv, MASK), qkv, CAUSAL)
-    assert "the forced route cannot take this call" in compile_report(last=1).calls[0].reason
-
-
-def test_errors_of_ours_do_not_stop_torch(monkeypatch, caplog):
-    monkeypatch.setattr(rewrite, "recognise", lambda *args, **options: 1 / 0)
-    qkv = tensors()
-    assert_right(compiled(plain)(*qkv, MASK), qkv, CAUSAL)
-    assert only().reason == "ZeroDivisionError: division by zero"
-    assert "left alone because of an error" in caplog.text
-
-
-# Block lists.
-
-
-def lists(mask):
-    return tuple(getattr(mask, name) for name in BLOCK_TABLES)
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_block_lists_agree(style):
-    mod, gna = STYLES[style]
-    assert agree(lists(block_mask(mod)), (gna,), 16, 16)
-    assert agree(lists(block_mask(mod, BLOCK_SIZE=(24, 40))), (gna,), 24, 40)
-    assert agree(lists(gna_mask(gna, device="cpu", q_block=16, kv_block=16)), (gna,), 16, 16)
-    assert agree(lists(block_mask(mod)), (GNA(64, -1),), 16, 16) == (style == "everything")
-
-
-@pytest.mark.parametrize("number", range(60))
-def test_block_lists_that_disagree(number):
-    """Any change of a list that counts is seen; the same lists in another order are the same."""
-    generator = torch.Generator().manual_seed(number)
-    mod, gna = STYLES["sliding"]
-    mask = block_mask(mod)
-    order = [[0, 1], [2, 3], [4, 5], [6, 7]][number % 4]
-    tables = [table.clone() for table in lists(mask)]
-    counts, indices = (tables[at] for at in order)
-    row = int(torch.randint(4, (1,), generator=generator))
-    if number % 3 == 0:
-        counts[0, 0, row] = (counts[0, 0, row] + 1) % 4
-    elif counts[0, 0, row] > 0:
-        indices[0, 0, row, 0] = (indices[0, 0, row, 0] + 1 + int(torch.randint(3, (1,), generator=generator))) % 4
-    same = all(torch.equal(a, b) for a, b in zip(used(tables), used(lists(mask)), strict=True))
-    assert bool(agree(tuple(tables), (gna,), 16, 16)) == same
-
-
-def used(tables):
-    for counts, indices in zip(tables[::2], tables[1::2], strict=True):
-        for n, row in zip(counts[0, 0].tolist(), indices[0, 0], strict=True):
-            yield row[:n].sort().values
-
-
-def test_lists_without_full_blocks_or_queries():
-    _, gna = STYLES["causal"]
-    partial = torch.arange(4, dtype=torch.int32)[None, None, None].expand(1, 1, 4, 4).contiguous()
-    counts = torch.full((1, 1, 4), 4, dtype=torch.int32)
-    every = (counts, partial, None, None, None, None, None, None)
-    assert agree(every, (gna,), 16, 16)
-    assert not agree((counts - 1, *every[1:]), (gna,), 16, 16)
-    assert not agree((counts + 1, *every[1:]), (gna,), 16, 16)
-    assert not agree((counts, partial.clamp(max=2), *every[2:]), (gna,), 16, 16)
-    assert not agree((counts, partial + 1, *every[2:]), (gna,), 16, 16)
-    assert not agree((counts, partial, counts, partial, *every[4:]), (gna,), 16, 16)
-    assert not agree((counts[..., :3], partial[..., :3, :], *every[2:]), (gna,), 16, 16)
-
-
-def some_blocks():
-    """Lists that leave blocks out, on purpose, of a mask_mod that keeps them."""
-    counts = torch.ones(1, 1, 4, dtype=torch.int32)
-    indices = torch.arange(4, dtype=torch.int32)[None, None, :, None].expand(1, 1, 4, 4).contiguous()
-    return BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=16, mask_mod=noop_mask)
-
-
-def test_lists_that_are_too_long_are_left_alone(route, monkeypatch):
-    monkeypatch.setattr(rewrite, "MOST_BLOCKS", 15)
-    qkv = tensors()
-    assert_right(compiled(plain)(*qkv, MASK), qkv, CAUSAL)
-    assert "too long" in only().reason
-
-
-def test_lists_that_choose_blocks_are_left_alone(route):
-    qkv = tensors()
-    out = compiled(plain)(*qkv, some_blocks())
-    torch.testing.assert_close(out, torch.compile(plain, backend="aot_eager")(*qkv, some_blocks()))
-    assert "block lists keep other pairs" in only().reason
-
-
-@INNER
-def test_lists_that_change_later_are_an_error(route, inner):
-    mod, _ = STYLES["clamped"]
-    qkv = tensors()
-    mask = block_mask(mod)
-    function = compiled(plain, inner)
-    assert_right(function(*qkv, mask), qkv, mod)
-    assert_right(function(*qkv, block_mask(mod)), qkv, mod)
-    mask.kv_num_blocks[..., 1] = 1
-    with pytest.raises(RuntimeError, match="have changed"):
-        function(*qkv, mask)
-
-
-# Graphs.
-
-
-def test_inner_graphs_that_are_used_twice():
-    inner = torch.fx.symbolic_trace(lambda x: x.sin())
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    for _ in range(2):
-        x = graph.call_module("inner", (x,))
-    graph.output(x)
-    outer = torch.fx.GraphModule({"inner": inner}, graph)
-    assert [body.obstacle for body in bodies(outer)] == ["", "its part of the graph is used several times"]
-
-
 def test_function_transforms_that_have_ended(route):
     qkv = [x.contiguous() for x in tensors()]
 
@@ -570,153 +273,4 @@ def test_function_transforms_that_have_ended(route):
         return plain(inside, k, v, MASK)
 
     assert_right(compiled(model)(*qkv), [qkv[0] * 2, *qkv[1:]], CAUSAL)
-    assert only().route == "hopper"
-
-
-@pytest.mark.parametrize("inner", ["aot_eager"])
-def test_branches_are_left_alone(route, inner):
-    def model(x, q, k, v):
-        return torch.cond(x.sum() > 0, lambda q, k, v: plain(q, k, v, MASK), lambda q, k, v: q + 0, (q, k, v))
-
-    qkv = [x.contiguous() for x in tensors()]
-    try:
-        out = compiled(model, inner)(torch.ones(2), *qkv)
-    except Exception as error:
-        pytest.skip(f"torch takes no FlexAttention in a branch: {str(error).splitlines()[0]}")
-    assert_right(out, qkv, CAUSAL)
-    assert only().reason == "it is inside of cond"
-
-
-# Reports.
-
-
-def test_report(route, caplog):
-    assert str(compile_report()) == "no FlexAttention call was compiled"
-    qkv = tensors()
-    with caplog.at_level(logging.DEBUG, "gna_flex"):
-        compiled(plain)(*qkv, MASK)
-        compiled(plain)(*qkv, MASK, linear_bias)
-    result = compile_report()
-    assert (len(result.graphs), result.routed) == (2, 1)
-    text = str(result)
-    assert re.search(r"test_compiler\.py:\d+ +layout 64, window 64, causal.* hopper +for a test", text), text
-    assert re.search(r"left alone +it has a score_mod", text), text
-    assert "1 of 2 FlexAttention calls take our routes" in text
-    assert json.loads(json.dumps(result.to_json()))["routed"] == 1
-    assert len(compile_report(last=1).calls) == 1
-    assert len(compile_report(last=9).calls) == 2
-    assert "1 of 1 FlexAttention calls" in caplog.text
-    assert "it has a score_mod" in caplog.text
-    with pytest.raises(ValueError, match="last=-1"):
-        compile_report(last=-1)
-
-
-# By name, and inside of Inductor.
-
-SCRIPT = """
-import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-assert "gna_flex" in torch._dynamo.list_backends()
-import sys
-assert "gna_flex" not in sys.modules
-mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 64, 64, device="cpu")
-model = torch.compile(lambda *qkv: flex_attention(*qkv, block_mask=mask), backend="gna_flex", **OPTIONS)
-qkv = [torch.randn(1, 1, 64, 16) for _ in range(3)]
-out = model(*qkv)
-expected = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
-torch.testing.assert_close(out, expected)
-import gna_flex
-(call,) = gna_flex.compile_report().calls
-assert "nothing of ours is better here" in call.reason, call
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_fusion_size": 8}}])
-def test_the_name_is_found_without_an_import(tmp_path, options):
-    """An installation is a folder with metadata beside the package."""
-    (tmp_path / "gna_flex").symlink_to(ROOT / "gna_flex")
-    metadata = tmp_path / "gna_flex-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gna-flex\nVersion: 0.1.0\n")
-    (metadata / "entry_points.txt").write_text("[torch_dynamo_backends]\n" + entry_point() + "\n")
-    script = tmp_path / "script.py"
-    script.write_text(f"OPTIONS = {options!r}\n{SCRIPT}")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def entry_point():
-    """The line of pyproject.toml as metadata have it."""
-    toml = (ROOT / "pyproject.toml").read_text()
-    name, target = re.search(r'\[project\.entry-points\.torch_dynamo_backends\]\n(\w+) = "(.*)"', toml).groups()
-    return f"{name} = {target}"
-
-
-def test_entry_point():
-    name, target = entry_point().split(" = ")
-    module, function = target.split(":")
-    assert name == "gna_flex"
-    assert getattr(sys.modules[module], function) is gna_flex_backend
-
-
-@pytest.mark.parametrize("given", [{}, {"mode": "reduce-overhead"}, {"options": {"x": 1}}])
-def test_options_reach_inductor(monkeypatch, given):
-    seen = []
-
-    def inductor(mode, options):
-        seen.append((mode, options))
-        return lambda graph, inputs: graph
-
-    monkeypatch.setattr("gna_flex.dynamo.backend.inductor", inductor)
-    torch.compile(torch.sin, backend=gna_flex_backend, **given)(torch.zeros(2))
-    assert seen == [(given.get("mode"), given.get("options"))]
-
-
-def config():
-    from torch._inductor import config
-
-    return config.pre_grad_custom_pass
-
-
-def test_recognise_masks_is_undone():
-    before = config()
-    with recognise_masks():
-        assert config() is not before
-        with recognise_masks():
-            pass
-    assert config() is before
-    with pytest.raises(KeyError), recognise_masks():
-        raise KeyError
-    assert config() is before
-
-
-@pytest.mark.slow
-def test_recognise_masks(route):
-    from torch._inductor import config
-
-    mod, gna = STYLES["clamped"]
-    qkv = tensors()
-    graphs = []
-    with config.patch(pre_grad_custom_pass=graphs.append), recognise_masks():
-        function = torch.compile(lambda *args: plain(*args).relu(), fullgraph=True)
-        out = function(*qkv, block_mask(mod))
-    torch.testing.assert_close(out, reference_attention(*qkv, mod)[0].relu())
-    assert (only().gna, only().route) == (gna, "hopper")
-    assert graphs
-    mask = block_mask(mod)
-    mask.kv_num_blocks[..., 1] = 1
-    with pytest.raises(RuntimeError, match="have changed"):
-        function(*qkv, mask)
-
-
-@pytest.mark.slow
-def test_backend_inside_of_recognise_masks(route):
-    qkv = tensors()
-    with recognise_masks():
-        out = torch.compile(plain, backend=gna_flex_backend)(*qkv, MASK)
-    assert_right(out, qkv, CAUSAL)
     assert only().route == "hopper"
