@@ -117,6 +117,9 @@ def test_checkpoints(route, trains_on_cpu, inner):
     expected = reference_attention(*leaves, mod)[0].relu().sum()
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
     assert (only().gna, only().route) == (gna, route_name(route))
+    # The graph of a checkpoint has nodes for statistics that nobody uses.
+    *_, asked = route[0]
+    assert (asked["wants_stats"], asked["wants_maximum"]) == (False, False)
 
 
 @ROUTES

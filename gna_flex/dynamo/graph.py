@@ -156,6 +156,10 @@ class Call:
         """Whether a backward may follow."""
         return any(x.requires_grad for x in (self.query, self.key, self.value))
 
+    def wants(self, index: int) -> bool:
+        """Whether anything is done with a result; torch leaves nodes without users in the graphs of checkpoints."""
+        return any(node.users for node in self.results[index])
+
     @property
     def heads(self) -> int:
         """Heads of the query."""

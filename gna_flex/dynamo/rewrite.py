@@ -147,7 +147,6 @@ class _Rewriter:
         if gnas not in self.masks:
             self.masks[gnas] = gna_mask(gnas, device=call.query.device)
         mask = self.masks[gnas]
-        _, logsumexp, maximum = call.results
         query, key, value = (
             torch.empty(1, dtype=call.dtype, device=x.device).expand([likely_int(size) or 1 for size in x.shape])
             for x in (call.query, call.key, call.value)
@@ -158,10 +157,10 @@ class _Rewriter:
                 key,
                 mask,
                 needs_grad=call.needs_grad,
-                wants_stats=bool(logsumexp or maximum),
+                wants_stats=call.wants(1) or call.wants(2),
                 compiling=True,
                 value=value,
-                wants_maximum=bool(maximum),
+                wants_maximum=call.wants(2),
                 scale=call.scale,
             )
         except RuntimeError as error:
@@ -203,8 +202,8 @@ class _Rewriter:
             out, *stats = (Proxy(_add(graph, call.node, operator.getitem, tiled, index), tracer) for index in range(3))
             natural = _in_order(graph, call, unpermute(out, -2).node)
             # Statistics that nobody wants may be empty.
-            wanted = zip(stats, call.results[1:], strict=True)
-            return [natural, *(unpermute(x, -1).node if users else x.node for x, users in wanted)]
+            wanted = ((x, call.wants(index)) for index, x in enumerate(stats, 1))
+            return [natural, *(unpermute(x, -1).node if used else x.node for x, used in wanted)]
 
     def finish(self, modules: Iterable[GraphModule]) -> None:
         """Adds the check of block lists, and makes the graphs callable again."""

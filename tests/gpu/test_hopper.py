@@ -396,7 +396,8 @@ def test_another_device_than_the_current_one(small) -> None:
     there = [x.to("cuda:1").requires_grad_() for x in inputs]
     mask = gna_mask(SMALL, device="cuda:1")
     assert torch.cuda.current_device() == 0
-    results = [flex_attention(*(x.detach() for x in there), block_mask=mask) for _ in range(3)]  # the last: the short way
+    # The last of these takes the short way.
+    results = [flex_attention(*(x.detach() for x in there), block_mask=mask) for _ in range(3)]
     assert all(x.device.index == 1 and torch.equal(x.to("cuda:0"), out) for x in results)
     with gna_flex.backend("hopper"):
         grads = torch.autograd.grad(flex_attention(*there, block_mask=mask).sum(), there)
