@@ -38,19 +38,54 @@ def quoted(cells: int) -> dict[str, list[str]]:
     return {name: text.split(" | ") for name, text in rows if len(text.split(" | ")) == cells}
 
 
+def hopper() -> dict:
+    return load(ROOT / "tests/gpu/records/hopper_h100.json")
+
+
 def test_readme_quotes_the_forward():
-    record = load(ROOT / "tests/gpu/records/hopper_h200.json")
+    record = hopper()
     expected = {}
     for case in record["cases"]:
-        times = case["milliseconds"]
-        faster = times["dense"] / times["hopper"]
-        shown = [f"{times[way]:.1f}" for way in ("dense", "hopper", "flex-tiles", "flex")]
-        expected[case["preset"]] = [*shown, f"{faster:.1f}x", f"{100 * faster / case['flop_speedup']:.0f}%"]
-        gna = preset(case["preset"]).gna
+        gna, times = preset(case["preset"]).gna, case["milliseconds"]
         assert case["flop_speedup"] == pytest.approx(gna.tokens**2 / gna.kept_pairs(), rel=1e-4)
-    assert quoted(6) == expected
+        if "flex-tiles" not in times:
+            faster = times["dense"] / times["hopper"]
+            shown = [f"{times['dense']:.1f}", f"{times['hopper']:.2f}", f"{faster:.1f}x"]
+            share = f"{100 * faster / case['flop_speedup']:.0f}%"
+            expected[case["preset"]] = [*shown, share, f"{case['mib']['hopper']} MiB"]
+    assert quoted(5) == expected
     for fact in (record["gpu"], record["torch"], record["driver"], record["commit"][:7]):
         assert fact in README
+
+
+def test_readme_quotes_what_is_beside_flexattention():
+    expected = {}
+    for case in hopper()["cases"]:
+        times, mib = case["milliseconds"], case["mib"]
+        if "flex-tiles" in times:
+            dense = f"{times['dense']:.2f}" if "dense" in times else "-"
+            faster = f"{times['flex-tiles'] / times['hopper']:.1f}x"
+            shown = [dense, f"{times['flex-tiles']:.2f}", f"{times['hopper']:.2f}", faster]
+            expected[case["preset"]] = [*shown, f"{mib['flex-tiles']} MiB", f"{mib['hopper']} MiB"]
+    assert quoted(6) == expected
+
+
+def test_readme_quotes_head_dims_and_the_largest_mask():
+    record = hopper()
+    for case in record["head_dims"]:
+        dense, ours = case["milliseconds"]["dense"], case["milliseconds"]["hopper"]
+        line = f"| {case['head_dim']} | {case['heads']} | {dense:.1f} | {ours:.1f} | {dense / ours:.2f}x |"
+        assert line in README.splitlines()
+    largest = record["largest"]
+    assert preset(largest["preset"]).gna.tokens > 15e6
+    assert re.search(rf"`{largest['preset']}` takes {largest['milliseconds']:.0f} ms", README)
+
+
+def test_the_kernels_readme_quotes_its_limits():
+    text = (ROOT / "csrc/README.md").read_text()
+    for case in hopper()["limits"]["cases"]:
+        names = ("tensor cores", "issue slots", "integer unit", "shared memory", "L2", "DRAM")
+        assert f"| {case['case']} | " + " | ".join(f"{case[name]:.0f}" for name in names) + " |" in text.splitlines()
 
 
 def test_readme_quotes_the_backward():
