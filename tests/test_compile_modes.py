@@ -307,7 +307,8 @@ def test_fifty_masks_in_one_compiled_function(door: Door) -> None:
     for gna, mask in zip(FIFTY, masks, strict=True):
         check(lambda *x, mask=mask: attend(*x, mask), inputs(1, 320, False), gna)
     assert counter.frame_count >= torch._dynamo.config.recompile_limit
-    assert [bool(mask.launchers) for mask in masks[-40:]] == [ON_HOPPER] * 40
+    if ON_HOPPER and door is DOORS["ours"]:
+        assert all(mask.launchers for mask in masks[-40:]), "the kernel took these calls outside of graphs"
 
 
 @OUR_MASKS
