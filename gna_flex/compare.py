@@ -251,15 +251,23 @@ def _natten_time(attend: Callable[..., Tensor], choice: Any, device: torch.devic
 
 
 def time_one(
-    run: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool, device: str, calls: int = 1
+    run: Callable[[], Any],
+    inputs: tuple[Tensor, ...],
+    backward: bool,
+    device: str,
+    calls: int = 1,
+    settle: bool = True,
 ) -> float:
-    """Milliseconds of one forward, over several calls on a GPU, or of one backward."""
+    """Milliseconds of one forward, over several calls on a GPU, or of one backward.
+
+    Without ``settle`` nothing runs before what is timed: for calls that last so long that it does not matter.
+    """
     on_gpu = torch.device(device).type == "cuda"
     if backward:
         out = run()
         grad = torch.randn_like(out)
         calls = 1
-    elif on_gpu:
+    elif on_gpu and settle:
         # Clocks and power settle to what this way of computing asks for, and launches run ahead of the GPU.
         for _ in range(calls):
             run()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -68,10 +70,14 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def add_bench(verbs: Subparsers) -> None:
     """``bench``: measurements."""
-    verb = add_verb(verbs, "bench", run_bench, "time of masks, of compiling and of attention, against torch's own")
-    what = "build the block mask, compile a transformer with it, or compute attention under it"
-    verb.add_argument("what", choices=("mask", "compile", "attention"), help=what)
+    about = "time of masks, of compiling, of attention and of whole models, against torch's own"
+    verb = add_verb(verbs, "bench", run_bench, about)
+    what = "build the block mask, compile a transformer with it, compute attention under it, or run whole models: "
+    what += "bench model flux-4k wan-14b"
+    verb.add_argument("what", choices=("mask", "compile", "attention", "model"), help=what)
     add_gna_arguments(verb)
+    verb.add_argument("--tiny", action="store_true", help="model: few narrow layers and a small grid, for a CPU")
+    verb.add_argument("--compiler", default="inductor", metavar="NAME", help="model: backend of torch.compile")
     verb.add_argument("--device", help="default: cpu for mask, the accelerator for the others")
     verb.add_argument("--repeats", type=positive, metavar="N", help="measurements, of which the median counts")
     verb.add_argument("--order", choices=("row-major", "tiles"), default="row-major", help="mask: order of the tokens")
@@ -91,6 +97,8 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.list_presets:
         print_presets(args.json)
         return 0
+    if args.what == "model":
+        return run_bench_models(args)
     gna = gna_of(args)
     device = args.device or _bench_device(args.what)
     check_device(device)
@@ -126,6 +134,41 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench_models(args: argparse.Namespace) -> int:
+    """Measures whole models, one after the other; if one fails the others are measured all the same."""
+    from gna_flex import bench_models
+    from gna_flex.models import MODELS, model
+
+    if not args.layout:
+        raise ValueError(f"give names of models: {', '.join(MODELS)}")
+    if args.preset or any(getattr(args, name) is not None for name in (*DIMENSIONS, "causal")):
+        raise ValueError("a model comes with its own grid and neighborhoods: give names of models only")
+    chosen = [model(name).smaller() if args.tiny else model(name) for name in args.layout]
+    device = args.device or _bench_device(args.what)
+    check_device(device)
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, args.dtype), "compiler": args.compiler}
+    options |= {"repeats": args.repeats} if args.repeats else {}
+    measured, failed = [], {}
+    for one in chosen:
+        with working(one.name) as status:
+            try:
+                progress = functools.partial(_show_stage, status, one.name)
+                measured.append(bench_models.bench_model(one, **options, progress=progress))
+            except (AssertionError, RuntimeError) as error:
+                failed[one.name] = str(error)
+                print(f"gna-flex bench: {one.name}: {error}", file=sys.stderr)
+        if one.name not in failed and not args.json:
+            output().print(bench_models.table(measured[-1]))
+    if args.json:
+        command = shlex.join(["gna-flex", "bench", "model", *args.layout])
+        print_json(bench_models.record(measured, failed, command, device))
+    return 1 if failed else 0
+
+
+def _show_stage(status: Any, name: str, stage: str) -> None:
+    status.update(f"{name}: {stage}")
+
+
 def _bench_device(what: str) -> str:
     """Where to measure if nothing is said."""
     if what == "mask":
@@ -134,5 +177,6 @@ def _bench_device(what: str) -> str:
     if accelerator is None and what == "compile":
         return "cpu"
     if accelerator is None:
-        raise ValueError("attention is measured on a GPU, and there is none; --device cpu works for small layouts")
+        small = "small layouts" if what == "attention" else "--tiny ones"
+        raise ValueError(f"{what} is measured on a GPU, and there is none; --device cpu works for {small}")
     return accelerator.type
