@@ -222,7 +222,7 @@ def _passed(check: Check, dtype: torch.dtype) -> Check:
         raise AssertionError(f"{check.what}: error {check.error:.2e}, budget {budget:.2e}")
     if not check.effect > budget:
         raise AssertionError(
-            f"{check.what}: windows change the output by {check.effect:.2e} only, so the budget {budget:.2e} checks nothing"
+            f"{check.what}: windows change {check.effect:.2e} only, so the budget {budget:.2e} checks nothing"
         )
     return check
 
@@ -291,7 +291,7 @@ def _check_small(
 def _check_compiled(
     chosen: Model, core: Any, ways: dict[str, Any], inputs: Inputs, dtype: torch.dtype, progress: Callable[[str], Any]
 ) -> Iterator[Check]:
-    """Compiled blocks against the same ones as they are, one of each kind on the whole grid; this also compiles them."""
+    """Compiled blocks against the same ones as they are, one of each kind on the whole grid. Compiles them."""
     outputs: dict[str, Tensor] = {}
     with shallow(chosen, core, *ways.values()):
         for name, way in ways.items():
@@ -465,7 +465,7 @@ def table(measured: Measured) -> RenderableType:
     )
     dtype = getattr(torch, measured.settings["dtype"])
     checked = [
-        f"checked: {check.what}: error {check.error:.1e} (budget {check.budget(dtype):.1e}; windows: {check.effect:.1e})"
+        f"checked: {check.what}: error {check.error:.1e}, budget {check.budget(dtype):.1e}, windows {check.effect:.1e}"
         for check in measured.checks
     ]
     steps = []
