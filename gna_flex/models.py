@@ -29,11 +29,15 @@ Noise = Callable[..., Tensor]
 
 
 class Setting(NamedTuple):
-    """A neighborhood that all self-attention layers get, and what it stands for."""
+    """A neighborhood that all self-attention layers get, and what it stands for.
+
+    ``paper`` is the speed-up of a generation on a B200 that the GNA paper has for this window, 0 if it has none.
+    """
 
     name: str
     window: tuple[int, ...]
     stride: tuple[int, ...]
+    paper: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,6 @@ class Model:
         inputs: the inputs of a forward from the configuration, layout, number of text tokens and a source of noise.
         settings: the neighborhoods.
         steps: steps of a generation, 0 where there is none, and how many of them stay dense.
-        paper: speed-up of a generation on a B200 as published in the GNA paper, 0 if it has none.
         tiny: what replaces attributes in the version for a CPU.
         masked: whether self-attention gets a mask of the text's padding even where nothing is padded.
     """
@@ -68,7 +71,6 @@ class Model:
     text_in_sequence: str = ""
     steps: int = 0
     dense_steps: int = 0
-    paper: float = 0.0
     masked: bool = False
 
     def gna(self, setting: Setting) -> GNA:
@@ -83,7 +85,7 @@ class Model:
     def halved(self) -> Model:
         """The same layers on half the grid in each dimension, with half the window."""
         settings = tuple(
-            Setting(s.name, window, tuple(map(min, s.stride, window)))
+            s._replace(window=window, stride=tuple(map(min, s.stride, window)))
             for s in self.settings
             for window in [tuple(max(2, w // 2) for w in s.window)]
         )
@@ -148,7 +150,7 @@ MODELS: dict[str, Model] = {
             _hunyuan_video,
             (
                 Setting("sliding", (18, 24, 24), (1, 1, 1)),
-                Setting("paper's stride", (18, 24, 24), (16, 8, 8)),
+                Setting("paper's stride", (18, 24, 24), (16, 8, 8), 1.63),
                 Setting("fastest stride", (18, 24, 24), (1, 8, 16)),
             ),
             SMALL_VIDEO
@@ -160,7 +162,6 @@ MODELS: dict[str, Model] = {
             text_in_sequence="text_last",
             steps=50,
             dense_steps=15,
-            paper=1.63,
             masked=True,
         ),
         Model(
@@ -172,7 +173,7 @@ MODELS: dict[str, Model] = {
             (256, 256),
             512,
             _flux,
-            (Setting("sliding", (80, 80), (1, 1)), Setting("paper's stride", (80, 80), (16, 16))),
+            (Setting("sliding", (80, 80), (1, 1)), Setting("paper's stride", (80, 80), (16, 16), 1.45)),
             {
                 "layout": (16, 16),
                 "text": 7,
@@ -184,7 +185,6 @@ MODELS: dict[str, Model] = {
             text_in_sequence="text_first",
             steps=28,
             dense_steps=9,
-            paper=1.45,
         ),
         Model(
             "cosmos-7b",
@@ -198,8 +198,8 @@ MODELS: dict[str, Model] = {
             _video,
             (
                 Setting("sliding", (16, 24, 16), (1, 1, 1)),
-                Setting("paper's stride", (16, 24, 16), (1, 8, 8)),
-                Setting("large window", (16, 32, 48), (1, 16, 16)),
+                Setting("strided", (16, 24, 16), (1, 8, 8)),
+                Setting("paper's window", (16, 32, 48), (1, 16, 16), 1.26),
             ),
             SMALL_VIDEO
             | {
@@ -209,7 +209,6 @@ MODELS: dict[str, Model] = {
             },
             steps=35,
             dense_steps=12,
-            paper=1.26,
         ),
         Model(
             "wan-14b",
