@@ -1,5 +1,6 @@
 """Fixtures of all tests: GPU tests only with a GPU, oracle tests only with natten, torch quiet and fresh."""
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from gna_flex import flex
 from gna_flex.dynamo import report, rewrite
@@ -80,3 +82,11 @@ def route(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 
     monkeypatch.setattr(rewrite, "route_of", route_of)
     return seen
+
+
+@pytest.fixture
+def counting_compiler(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> CompileCounterWithBackend:
+    """``torch.compile`` without code generation, counting its graphs."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter

@@ -1,6 +1,5 @@
 """Compiled callers, torch's own front end, and one compiled function per plan."""
 
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -262,14 +261,6 @@ def test_torchs_front_end_keeps_its_own_errors():
         torch_flex_attention(*qkv, block_mask=mask, return_aux=AuxRequest(max_scores=True))
     with pytest.raises(NotImplementedError, match="backward on CPU"):
         torch_flex_attention(qkv[0].requires_grad_(), *qkv[1:], block_mask=mask)
-
-
-@pytest.fixture
-def counting_compiler(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
-    """``torch.compile`` without code generation, counting its graphs."""
-    counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    return counter
 
 
 @pytest.mark.parametrize("route", ["flex", "flex-tiles"])

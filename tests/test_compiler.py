@@ -2,18 +2,7 @@
 
 import pytest
 import torch
-from foreign_masks import (
-    CAUSAL,
-    MASK,
-    STYLES,
-    assert_right,
-    block_mask,
-    clamped,
-    compiled,
-    only,
-    plain,
-    tensors,
-)
+from foreign_masks import CAUSAL, MASK, STYLES, assert_right, block_mask, clamped, compiled, only, plain, tensors
 from helpers import dense_mask
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -10,18 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_masks import (
-    CAUSAL,
-    MASK,
-    STYLES,
-    assert_right,
-    block_mask,
-    compiled,
-    linear_bias,
-    only,
-    plain,
-    tensors,
-)
+from foreign_masks import CAUSAL, MASK, STYLES, assert_right, block_mask, compiled, linear_bias, only, plain, tensors
 
 import gna_flex
 from gna_flex import compile_report, recognise_masks, reference_attention

@@ -2,18 +2,7 @@
 
 import pytest
 import torch
-from foreign_masks import (
-    CAUSAL,
-    MASK,
-    STYLES,
-    assert_right,
-    block_mask,
-    compiled,
-    linear_bias,
-    only,
-    plain,
-    tensors,
-)
+from foreign_masks import CAUSAL, MASK, STYLES, assert_right, block_mask, compiled, linear_bias, only, plain, tensors
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention, noop_mask
 
 import gna_flex

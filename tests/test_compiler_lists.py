@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from foreign_masks import (
-    CAUSAL,
-    MASK,
-    STYLES,
-    assert_right,
-    block_mask,
-    compiled,
-    only,
-    plain,
-    tensors,
-)
+from foreign_masks import CAUSAL, MASK, STYLES, assert_right, block_mask, compiled, only, plain, tensors
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from gna_flex import GNA, gna_mask

@@ -30,7 +30,8 @@ def gna_flex_backend(
     that nothing of ours is better for. :func:`gna_flex.compile_report` lists all calls, with reasons.
 
     Block lists of rewritten calls are compared at every run with those recognised when compiling, without waiting for
-    the device; if they differ, that is an error (on a GPU a device-side assertion).
+    the device; if they differ, that is an error. On a GPU that is a device-side assertion, whose text on the standard
+    error stream says so, and PyTorch's ``RuntimeError`` at a later operation.
 
     Args:
         graph: from torch.
