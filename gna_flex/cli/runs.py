@@ -160,7 +160,7 @@ def run_bench_models(args: argparse.Namespace) -> int:
         if one.name not in failed and not args.json:
             output().print(bench_models.table(measured[-1]))
     if args.json:
-        command = shlex.join(["gna-flex", "bench", "model", *args.layout])
+        command = shlex.join(["gna-flex", "bench", "model", *args.layout, *(["--tiny"] if args.tiny else [])])
         print_json(bench_models.record(measured, failed, command, device))
     return 1 if failed else 0
 
