@@ -1,168 +1,38 @@
 """Real diffusers models, tiny and with random weights: neighborhoods against diffusers' own code with a dense mask."""
 
-import contextlib
 import copy
-import importlib
 import pickle
-import types
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from diffusers_models import (
+    ALL,
+    CASES,
+    TEXT,
+    assert_close,
+    flux,
+    flux_inputs,
+    hunyuan,
+    hunyuan_inputs,
+    masked,
+    parameters,
+    processors,
+    run,
+    wan,
+    wan_inputs,
+)
+from functorch.compile import make_boxed_func
 from helpers import dense_mask
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gna_flex import GNA
-from gna_flex.integrations.layers import Neighborhood, neighborhoods
-
-pytest.importorskip("diffusers")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from diffusers import (
-        CosmosTransformer3DModel,
-        FluxTransformer2DModel,
-        HunyuanVideoTransformer3DModel,
-        SD3Transformer2DModel,
-        WanTransformer3DModel,
-    )
-
+from gna_flex import GNA, attention, flex
 from gna_flex.integrations import diffusers as gna_diffusers
-from gna_flex.integrations.diffusers import apply, remove, report, reset
-
-TEXT = 5
-
-
-class Case(NamedTuple):
-    """A model, its inputs, and the GNA of its self-attention layers for the window of the tests."""
-
-    build: Callable[..., nn.Module]
-    inputs: Callable[..., dict[str, Any]]
-    gna: GNA
-    module: str
-    layers: int
-
-
-def flux(**options: Any) -> nn.Module:
-    return FluxTransformer2DModel(
-        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6), **options,
-    )  # fmt: skip
-
-
-def flux_inputs(batch: int = 2, layout: tuple[int, ...] = (6, 8), step: float = 0.5) -> dict[str, Any]:
-    height, width = layout
-    ids = torch.zeros(height, width, 3)
-    ids[..., 1] += torch.arange(height)[:, None]
-    ids[..., 2] += torch.arange(width)
-    return {
-        "hidden_states": torch.randn(batch, height * width, 4),
-        "encoder_hidden_states": torch.randn(batch, TEXT, 8),
-        "pooled_projections": torch.randn(batch, 8),
-        "timestep": torch.full((batch,), step),
-        "img_ids": ids.view(-1, 3),
-        "txt_ids": torch.zeros(TEXT, 3),
-    }
-
-
-def hunyuan(**options: Any) -> nn.Module:
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=2,
-        num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=False, text_embed_dim=8,
-        pooled_projection_dim=8, rope_axes_dim=(4, 6, 6), **options,
-    )  # fmt: skip
-
-
-def hunyuan_inputs(
-    batch: int = 2, layout: tuple[int, ...] = (3, 4, 6), step: float = 500, lengths: tuple[int, ...] | None = None
-) -> dict[str, Any]:
-    counts = torch.tensor(lengths or (TEXT,) * batch)
-    return {
-        "hidden_states": torch.randn(batch, 4, layout[0], 2 * layout[1], 2 * layout[2]),
-        "timestep": torch.full((batch,), int(step)),
-        "encoder_hidden_states": torch.randn(batch, TEXT, 8),
-        "encoder_attention_mask": (torch.arange(TEXT) < counts[:, None]).long(),
-        "pooled_projections": torch.randn(batch, 8),
-    }
-
-
-def wan(**options: Any) -> nn.Module:
-    return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
-        ffn_dim=16, num_layers=3, **options,
-    )  # fmt: skip
-
-
-def wan_inputs(batch: int = 2, layout: tuple[int, ...] = (3, 4, 6), step: float = 500) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(batch, 4, layout[0], 2 * layout[1], 2 * layout[2]),
-        "timestep": torch.full((batch,), step),
-        "encoder_hidden_states": torch.randn(batch, TEXT, 8),
-    }
-
-
-def cosmos(**options: Any) -> nn.Module:
-    return CosmosTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=24, num_layers=3, text_embed_dim=8,
-        adaln_lora_dim=4, max_size=(8, 32, 32), concat_padding_mask=False, **options,
-    )  # fmt: skip
-
-
-CASES = {
-    "flux": Case(flux, flux_inputs, GNA((6, 8), (3, 4), (1, 2), text_first=TEXT), "flux", 4),
-    "hunyuan": Case(hunyuan, hunyuan_inputs, GNA((3, 4, 6), (2, 3, 4), (1, 3, 2), text_last=TEXT), "hunyuan_video", 4),
-    "hunyuan-image": Case(
-        lambda: hunyuan(image_condition_type="token_replace"),
-        hunyuan_inputs,
-        GNA((3, 4, 6), (2, 3, 4), (1, 3, 2), text_last=TEXT),
-        "hunyuan_video",
-        4,
-    ),
-    "wan": Case(wan, wan_inputs, GNA((3, 4, 6), (2, 2, 3), (2, 1, 1), (1, 2, 1)), "wan", 3),
-    "cosmos": Case(cosmos, wan_inputs, GNA((3, 4, 6), (3, 2, 4), (1, 2, 2)), "cosmos", 3),
-}
-ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-@contextlib.contextmanager
-def masked(case: Case, masks: list[Any]) -> Iterator[None]:
-    """diffusers' own processors with these masks ``[S, S]`` (``None``: as they are) of its self-attention layers."""
-    module = importlib.import_module(f"diffusers.models.transformers.transformer_{case.module}")
-    original, left = module.dispatch_attention_fn, list(masks)
-
-    def dispatch(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
-        if key.shape[1] == case.gna.tokens:
-            mask = left.pop(0)
-            if mask is not None:
-                mask = torch.from_numpy(mask.copy())
-                attn_mask = mask if attn_mask is None else attn_mask & mask
-        return original(query, key, value, attn_mask=attn_mask, **options)
-
-    module.dispatch_attention_fn = dispatch
-    try:
-        yield
-    finally:
-        module.dispatch_attention_fn = original
-    assert not left
-
-
-def parameters(gna: GNA) -> dict[str, Any]:
-    return {"window": gna.window, "stride": gna.stride, "dilation": gna.dilation}
-
-
-def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs, return_dict=False)[0]
-
-
-def assert_close(out: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-    assert out.shape == expected.shape
-    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def processors(model: nn.Module) -> list[Any]:
-    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+from gna_flex.integrations.diffusers import apply, remove, reset
+from gna_flex.routing import Route
 
 
 @ALL
@@ -506,142 +376,39 @@ def test_no_forward_takes_the_masks_of_another():
         model.forward(**inputs)
 
 
+@ALL
 @torch.no_grad()
-def test_report():
-    model = hunyuan()
-    apply(model, layers={0: {"window": (2, 3, 4)}, 1: {"window": 2}, 3: {"window": 2}})
-    with pytest.raises(ValueError, match=r"report\(model, layout=...\)"):
-        report(model)
-    assert [row.gna.text_last for row in report(model, (4, 8, 8)).rows] == [0, 0]
-    run(model, hunyuan_inputs())
-    result = report(model)
-    assert [row.layers for row in result.rows] == [(0,), (1, 3)]
-    assert result.dense == (2,)
-    gna = GNA((3, 4, 6), 2, text_last=TEXT)
-    assert result.rows[1].gna == gna
-    assert result.rows[1].sparsity == pytest.approx(1 - dense_mask(gna).mean())
-    assert report(model, (33, 45, 80), device="b200").rows[0].speedup > 2
-    text = str(result)
-    assert "1, 3" in text
-    assert "window 2x2x2" in text
-    assert result.to_json()["rows"][0]["gna"]["window"] == (2, 3, 4)
+def test_no_copies_around_the_kernel(case, monkeypatch, fresh_compiler):
+    """In compiled blocks queries, keys and values reach it as ``[B, S, H, D]``, and so does its output go on."""
+    for module in (flex, attention):
+        monkeypatch.setattr(module, "route_of", lambda *arguments, **options: Route("hopper", "for a test", ()))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    model, inputs = case.build().eval(), case.inputs()
+    apply(model, **parameters(case.gna))
+    expected = run(model, inputs)
+    model.compile(backend=aot_autograd(fw_compiler=keep, inference_compiler=keep), fullgraph=True)
+    assert_close(run(model, inputs), expected)
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if node.target is torch.ops.gna_flex.attention.default]
+    assert len(calls) == case.layers
+    for call in calls:
+        assert all(strides_of(x)[1:] == by_token(x) for x in call.args[:3])
+        (out,) = [user for user in call.users if user.args[1] == 0]
+        (transposed,) = out.users
+        assert [strides_of(out)[1:], transposed.target] == [by_token(out), torch.ops.aten.transpose.int]
+        assert {user.target for user in transposed.users} == {torch.ops.aten.view.default}
 
 
-class Other(nn.Module):
-    """Of no supported class."""
+def strides_of(node: torch.fx.Node) -> tuple[int, ...]:
+    return node.meta["val"].stride()
 
 
-@pytest.mark.parametrize("function", [lambda m: apply(m, 2), remove, reset, report])
-def test_unsupported_models(function):
-    with pytest.raises(TypeError, match=r"Other is not supported; supported are Flux\w+, Hunyuan\w+, Wan\w+, Cosmos"):
-        function(Other())
-    with pytest.raises(TypeError, match=r"pipe.transformer"):
-        function(types.SimpleNamespace(transformer=None))
-    assert SD3Transformer2DModel.__name__ not in gna_diffusers.FAMILIES
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "window is missing for layer 0"),
-        (
-            {"window": (2, 2)},
-            r"window=\(2, 2\) of layer 0 has 2 values.*WanTransformer3DModel are \(frames, height, wid",
-        ),
-        ({"window": 2, "layers": [0, 3]}, "there is no layer 3, layers are 0 to 2"),
-        ({"window": 2, "layers": slice(7, None)}, "chooses none of the 3 layers"),
-        ({"window": 2, "layers": {1: {"windw": 3}}}, r"layer 1 has \['windw'\]: parameters of a layer are window, str"),
-        ({"window": 2, "dense_steps": -1}, "dense_steps=-1 must be at least 0"),
-        ({"window": 2, "forwards_per_step": 0}, "forwards_per_step=0 must be at least 1"),
-    ],
-)
-def test_wrong_arguments(options, message):
-    model = wan()
-    with pytest.raises(ValueError, match=message):
-        apply(model, **options)
-    assert not any(isinstance(processor, gna_diffusers.Processor) for processor in processors(model))
-
-
-def test_wrong_kinds():
-    with pytest.raises(TypeError, match="layers takes integers"):
-        apply(wan(), 2, layers="first")
-    with pytest.raises(TypeError, match="dense_steps takes integers"):
-        apply(wan(), 2, dense_steps=0.5)
-
-
-@torch.no_grad()
-def test_windows_larger_than_the_layout():
-    model, inputs = wan().eval(), wan_inputs()
-    apply(model, window=(2, 5, 2), layers=[1, 2])
-    with pytest.raises(ValueError, match=r"window=5 in dimension 1 of layout \(3, 4, 6\).*\(layers 1-2\)"):
-        run(model, inputs)
-    apply(model, window=(2, 5, 2), layers=[1, 2], clamp=True)
-    out = run(model, inputs)
-    apply(model, window=(2, 4, 2), layers=[1, 2])
-    assert torch.equal(run(model, inputs), out)
-
-
-@torch.no_grad()
-def test_masks_of_text_of_a_wrong_shape():
-    model, inputs = hunyuan(), hunyuan_inputs()
-    apply(model, window=2)
-    with pytest.raises(ValueError, match=r"encoder_attention_mask has shape \(2, 4\), but must be .* \(2, 5\)"):
-        run(model, inputs | {"encoder_attention_mask": torch.ones(2, 4)})
-
-
-@torch.no_grad()
-def test_images_that_are_no_grid():
-    model, inputs = flux(), flux_inputs()
-    apply(model, window=2)
-    ids = inputs["img_ids"]
-    two = torch.cat([ids[:24], ids[:24] + torch.tensor([1.0, 0, 0])])
-    for wrong in (two, ids.flip(0), ids[:40], torch.cat([ids[:24], ids[:24]]), torch.zeros(48, 3)[:, [0, 1, 2]] + 1):
-        with pytest.raises(ValueError, match="img_ids"):
-            run(model, inputs | {"img_ids": wrong})
-    out = run(model, inputs)
-    assert torch.equal(run(model, inputs | {"img_ids": ids[None]}), out)
-
-
-def test_positions_that_the_type_rounds():
-    model = flux()
-    inputs = flux_inputs(1, (2, 300))
-    tokens = gna_diffusers.flux_tokens(model, inputs | {"img_ids": inputs["img_ids"].bfloat16()})
-    assert tokens.layout == (2, 300)
-
-
-def test_foreign_processors_are_refused():
-    model = wan()
-
-    class Mine:
-        def __call__(self, *args: Any) -> Any: ...
-
-    model.blocks[1].attn1.set_processor(Mine())
-    with pytest.raises(ValueError, match="layer 1 has the processor Mine, in whose place only WanAttnProcessor"):
-        apply(model, 2)
-    model = wan()
-    apply(model, 2)
-    mine = Mine()
-    model.blocks[1].attn1.set_processor(mine)
-    remove(model)
-    assert model.blocks[1].attn1.processor is mine
-
-
-def test_parallel_models_are_refused():
-    model = wan()
-    model._parallel_config = object()
-    with pytest.raises(ValueError, match="runs in parallel"):
-        apply(model, 2)
-
-
-def test_nothing_applied():
-    with pytest.raises(ValueError, match="call apply first"):
-        report(wan())
-    with pytest.raises(ValueError, match="call apply first"):
-        reset(wan())
-
-
-def test_numbers_of_layers():
-    near = Neighborhood(2, 1, 1)
-    assert neighborhoods(4, slice(1, None, 2), 2, 1, 1) == [None, near, None, near]
-    assert neighborhoods(3, iter([-1]), 2, 1, 1) == [None, None, near]
-    assert neighborhoods(2, {0: None, 1: {"stride": [2, 1]}}, 2, 1, 1) == [None, Neighborhood(2, (2, 1), 1)]
+def by_token(node: torch.fx.Node) -> tuple[int, ...]:
+    """Strides of heads, tokens and channels where tokens come first in memory."""
+    _, heads, _, head_dim = node.meta["val"].shape
+    return head_dim, heads * head_dim, 1

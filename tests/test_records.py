@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from gna_flex.models import model
 from gna_flex.presets import preset
+from gna_flex.simulate import end_to_end
+from gna_flex.words import by_x
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RECORDS = sorted((ROOT / "tests/gpu/records").glob("*.json"))
+FOLDER = ROOT / "tests/gpu/records"
+MODEL_RECORDS = sorted(FOLDER.glob("models_*.json"))
+RECORDS = sorted(set(FOLDER.glob("*.json")) - set(MODEL_RECORDS))
 
 
 def load(path: Path) -> dict:
@@ -98,3 +103,60 @@ def test_readme_quotes_the_backward():
             expected[case["preset"]] = [f"{dense:.1f}", f"{flex:.1f}", f"{tiles:.1f}", ratio]
     assert quoted(4) == expected
     assert record["commit"][:7] in README
+
+
+def model_rows(record: dict) -> list[str]:
+    """Rows of the README's table of models: all that a record of ``gna-flex bench model NAME ... --json`` has."""
+    rows = []
+    for case in record["cases"]:
+        steps = case["generation"]["steps"]
+        dense, compiled, _, *ours = case["rows"]
+        for row in ours:
+            window = f"{by_x(row['gna']['window'])}, stride {by_x(row['gna']['stride'])}"
+            times = [f"{each['milliseconds']:,.0f}" for each in (dense, compiled, row)]
+            generation = f"{row['generation']:.2f}x" if steps else "-"
+            paper = f"{row['paper']:.2f}x" if row["paper"] else "-"
+            cells = [f"`{case['model']}`", window, *times, f"{row['speedup']:.2f}x", generation, paper]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+@pytest.mark.parametrize("path", MODEL_RECORDS, ids=lambda path: path.stem)
+def test_record_of_models(path):
+    """It is what the command prints as JSON, and the commit."""
+    record = load(path)
+    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
+    for name in ("what", "command", "gpu", "driver", "torch", "gna_flex", "diffusers"):
+        assert record[name]
+    assert record["failed"] == {}
+    for case in record["cases"]:
+        known, generation = model(case["model"]), case["generation"]
+        assert tuple(case["layout"]) == known.layout
+        assert (case["settings"]["dtype"], case["settings"]["compiler"]) == ("bfloat16", "inductor")
+        gnas = [known.gna(setting) for setting in known.settings]
+        names = ["dense eager", "dense compiled", "full window eager", *(setting.name for setting in known.settings)]
+        assert [row["name"] for row in case["rows"]] == names
+        baseline = case["rows"][1]["milliseconds"]
+        for row, gna in zip(case["rows"][3:], gnas, strict=True):
+            assert tuple(row["gna"]["window"]) == gna.window
+            assert tuple(row["gna"]["stride"]) == gna.stride
+            assert row["route"] == "hopper"
+            assert row["sparsity"] == pytest.approx(1 - gna.kept_pairs() / gna.tokens**2)
+            assert row["speedup"] == pytest.approx(baseline / row["milliseconds"])
+            if generation["steps"]:
+                expected = end_to_end(row["speedup"], 1.0, generation["steps"], generation["dense_steps"])
+                assert row["generation"] == pytest.approx(expected)
+        assert len(case["checks"]) == 2 * len(gnas) + 1
+        assert all(check["error"] <= check["budget"] < check["effect"] for check in case["checks"])
+
+
+@pytest.mark.parametrize("path", MODEL_RECORDS, ids=lambda path: path.stem)
+def test_readme_quotes_the_models(path):
+    record = load(path)
+    missing = [row for row in model_rows(record) if row not in README.splitlines()]
+    assert not missing, "rows that the README's table of models lacks:\n" + "\n".join(missing)
+    names = "|".join(case["model"] for case in record["cases"])
+    assert len(re.findall(rf"^\| `(?:{names})` \| [^|]*, stride ", README, re.MULTILINE)) == len(model_rows(record))
+    for fact in (record["gpu"], record["torch"], record["diffusers"], record["commit"][:7]):
+        assert fact in README
