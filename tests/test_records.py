@@ -121,13 +121,17 @@ def model_rows(record: dict) -> list[str]:
     return rows
 
 
+def libraries(record: dict) -> set[str]:
+    return {case["class"].partition(".")[0] for case in record["cases"]}
+
+
 @pytest.mark.parametrize("path", MODEL_RECORDS, ids=lambda path: path.stem)
 def test_record_of_models(path):
     """It is what the command prints as JSON, and the commit."""
     record = load(path)
     assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
-    for name in ("what", "command", "gpu", "driver", "torch", "gna_flex", "diffusers"):
+    for name in ("what", "command", "gpu", "driver", "torch", "gna_flex", *libraries(record)):
         assert record[name]
     assert record["failed"] == {}
     for case in record["cases"]:
@@ -158,5 +162,6 @@ def test_readme_quotes_the_models(path):
     assert not missing, "rows that the README's table of models lacks:\n" + "\n".join(missing)
     names = "|".join(case["model"] for case in record["cases"])
     assert len(re.findall(rf"^\| `(?:{names})` \| [^|]*, stride ", README, re.MULTILINE)) == len(model_rows(record))
-    for fact in (record["gpu"], record["torch"], record["diffusers"], record["commit"][:7]):
-        assert fact in README
+    for fact in ("gpu", "torch", *libraries(record)):
+        assert record[fact] in README
+    assert record["commit"][:7] in README
