@@ -151,6 +151,8 @@ MODELS: dict[str, Model] = {
             (
                 Setting("sliding", (18, 24, 24), (1, 1, 1)),
                 Setting("paper's stride", (18, 24, 24), (16, 8, 8), 1.63),
+                # 3 % fewer key boxes than with the paper's stride, of which 33 frames are no multiple; in both only the
+                # boxes of text queries need a mask. Windows move frame by frame.
                 Setting("fastest stride", (18, 24, 24), (1, 8, 16)),
             ),
             SMALL_VIDEO
@@ -220,6 +222,7 @@ MODELS: dict[str, Model] = {
             512,
             _video,
             (
+                # An example window; groups of 7x9x4 divide the grid without a remainder.
                 Setting("sliding", (12, 24, 24), (1, 1, 1)),
                 Setting("strided", (12, 24, 24), (7, 9, 4)),
             ),
