@@ -39,8 +39,8 @@ EAGER = "dense eager"
 FULL = "full window eager"
 LONG = 10_000.0
 """A forward of more than this many milliseconds is timed twice at most."""
-TOLERANCE = 3.0
-"""How many times the distance between two correct results another correct one may be away."""
+TOLERANCE = 1.5
+"""How many times the distance between two correct results another correct one may be away; up to 1.25 was seen."""
 DEPTH = 2
 """Blocks of each kind in shallow models. The first one may get its input in other strides than all that follow."""
 VARIANTS = 64

@@ -145,10 +145,10 @@ def test_a_wrong_result_is_exit_code_1(monkeypatch, capsys, fresh_compiler, faul
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        (Check("a", 0.031, 0.01, 1.0), r"a: error 3.10e-02, budget 3.00e-02"),
+        (Check("a", 0.016, 0.01, 1.0), r"a: error 1.60e-02, budget 1.50e-02"),
         (Check("a", math.nan, 0.01, 1.0), r"a: error nan"),
         (Check("a", 0.01, math.nan, 1.0), r"a: error"),
-        (Check("a", 0.01, 0.01, 0.02), r"windows change 2.00e-02 only"),
+        (Check("a", 0.01, 0.01, 0.012), r"windows change 1.20e-02 only"),
         (Check("a", 0.003, 0.0, 1.0), r"budget 1.95e-03"),
     ],
 )
@@ -158,7 +158,7 @@ def test_checks_that_fail(check, message):
 
 
 def test_checks_that_pass():
-    check = Check("a", 0.029, 0.01, 0.04)
+    check = Check("a", 0.014, 0.01, 0.02)
     assert bench_models._passed(check, torch.bfloat16) is check
 
 
