@@ -48,6 +48,16 @@ def window_start(height, width, rows, columns):
     return mod
 
 
+def with_text(near, first, end):
+    """Tokens before the first one of a grid, and those from its end on, see everything and are seen by everything."""
+
+    def mod(b, h, q_idx, kv_idx):
+        text = (q_idx < first) | (kv_idx < first) | (q_idx >= end) | (kv_idx >= end)
+        return text | near(b, h, q_idx - first, kv_idx - first)
+
+    return mod
+
+
 def block_mask(mod, tokens=64, heads=None, **options):
     return create_block_mask(mod, None, heads, tokens, tokens, device="cpu", **{"BLOCK_SIZE": 16, **options})
 
@@ -59,6 +69,8 @@ STYLES = {
     "sliding": (and_masks(lambda b, h, q, k: q >= k, lambda b, h, q, k: q - k < 9), GNA(64, 9, causal=True)),
     "blocks": (lambda b, h, q, k: q // 16 == k // 16, GNA(64, 16, 16)),
     "where": (lambda b, h, q, k: torch.where(q < k, False, k > q - 7), GNA(64, 7, causal=True)),
+    "text-first": (with_text(clamped(7, 8, 3, 5), 8, 64), GNA((7, 8), (3, 5), text_first=8)),
+    "text-around": (with_text(clamped(5, 8, 1, 5), 16, 56), GNA((5, 8), (1, 5), text_first=16, text_last=8)),
     "everything": (noop_mask, GNA(64, -1)),
 }
 

@@ -17,7 +17,7 @@ from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA, Ints, as_int, per_dim
 from gna_flex.symbolic.exact import Tables
 from gna_flex.symbolic.listed import check_block_lists
-from gna_flex.symbolic.recognise_layout import Decision, Geometry, decide
+from gna_flex.symbolic.recognise_layout import Decision, Geometry, decide, text_around
 from gna_flex.symbolic.trace import INPUTS, ElementIndexing, Node, Refused, nodes_of, render, trace
 from gna_flex.tiling import TileOrder
 from gna_flex.torch_private import BLOCK_TABLES
@@ -103,8 +103,8 @@ def recognise(
     Args:
         mask: a mask_mod of FlexAttention, or a BlockMask, whose block lists then have to agree with its mask_mod.
         layout: grid size in tokens; without it, layouts that the numbers in the mask suggest are tried.
-        text_first: tokens stored before the grid.
-        text_last: tokens stored after the grid.
+        text_first: tokens stored before the grid; without a layout, text on both sides is found if none is given.
+        text_last: tokens stored after the grid, likewise.
         q_len: query tokens, where no layout and no BlockMask tells.
         kv_len: key tokens; a GNA has as many as queries.
         heads: heads for which to recognise a mask_mod that depends on the head.
@@ -238,6 +238,7 @@ class _Job:
         """The layout and one decision per head."""
         if given is not None:
             return given, [decide(table, given) for table in tables]
+        text = text if any(text) else text_around(tables, tokens)
         refusals = []
         for layout in itertools.islice(_layouts(root, tokens - sum(text)), MOST_LAYOUTS):
             geometry = Geometry(layout, *text)
@@ -245,10 +246,12 @@ class _Job:
                 return geometry, [decide(table, geometry) for table in tables]
             except Refused as refused:
                 refusals.append((layout, str(refused)))
+        around = f" with {text[0]} + {text[1]} text tokens" if any(text) else ""
         if len(refusals) == 1:
-            raise Refused(refusals[0][1])
+            raise Refused(f"layout {refusals[0][0]}{around}: {refusals[0][1]}" if around else refusals[0][1])
         tried = ", ".join(str(layout) for layout, _ in refusals)
-        raise Refused(f"no layout was given, and it is no GNA of {tried}; of {refusals[-1][0]}: {refusals[-1][1]}")
+        last = f"{refusals[-1][0]}: {refusals[-1][1]}"
+        raise Refused(f"no layout was given, and it is no GNA of {tried}{around}; of {last}")
 
 
 def _layouts(root: Node, tokens: int) -> Iterator[tuple[int, ...]]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +22,8 @@ from gna_flex.tiling import TileOrder
 MOST_TOKENS = 4096
 """Up to this many tokens, dimensions that a condition mixes are decided by all pairs."""
 MOST_PAIRS = 1 << 26
+PROBES = 64
+"""A token of the grid is looked for at so many places: with less of a grid than that part, no text is found."""
 
 
 class Places(NamedTuple):
@@ -117,6 +123,32 @@ def demand(tables: Tables, queries: Array, keys: Array, wanted: bool, what: str)
         if wrong.any():
             row, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
             raise Refused(f"query {queries[start + row]}: {what} {keys[column]}")
+
+
+def text_around(tables: Sequence[Tables], tokens: int) -> tuple[int, int]:
+    """How many tokens are text before and after the grid, if the masks of all heads are GNAs in natural order.
+
+    Text tokens see everything, and everything sees them. Either all tokens of a grid are like that, and then the mask
+    is dense and needs no text, or none is: so there is only one answer, and it takes a few tokens to find it. Whether
+    the masks are GNAs is left to :func:`decide`.
+    """
+    everything = np.arange(tokens)
+
+    @functools.cache
+    def is_text(token: int) -> bool:
+        own = np.array([token])
+        pairs = itertools.product(tables, ((own, everything), (everything, own)))
+        return all(keep.all() for table, (q, k) in pairs for _, keep in rows(table.part(q, k), len(q), len(k)))
+
+    if not is_text(0) and not is_text(tokens - 1):
+        return 0, 0
+    places = np.linspace(0, tokens - 1, PROBES + 1, dtype=int).tolist()
+    inside = next((place for place in places if not is_text(place)), None)
+    if inside is None:
+        return 0, 0
+    first = bisect.bisect_left(range(inside), True, key=lambda place: not is_text(place))
+    last = bisect.bisect_left(range(tokens - 1 - inside), True, key=lambda place: not is_text(tokens - 1 - place))
+    return first, last
 
 
 def _dimensions(near: Node, geometry: Geometry) -> tuple[list[Dimension], str]:
