@@ -165,6 +165,24 @@ def test_attention_gym():
     assert sta.gna == GNA((8, 12), (4, 9), (4, 3))
 
 
+def test_attention_gym_with_text():
+    """Text follows the tiles. Without an order a last dimension of the grid is inside of a tile."""
+    masks = pytest.importorskip("attn_gym.masks")
+    gna = GNA((8, 12), (4, 9), (4, 3), text_last=24)
+    order = TileOrder(gna, (4, 3))
+    sta = masks.generate_sta_mask_mod_2d((8, 12), (4, 9), (4, 3), 24)
+    assert recognise(sta, order=order).gna == gna
+    assert found(sta, layout=(2, 4, 12), text_last=24) == GNA((2, 4, 12), (1, 3, 12), text_last=24)
+    assert found(sta, q_len=120).text_last == 24
+    assert "padding sees key" in refused(
+        masks.generate_sta_mask_mod_2d((8, 12), (4, 9), (4, 3), 20),
+        order=TileOrder(GNA((8, 12), 1, text_last=20), (4, 3)),
+    )
+    assert "text does not see key" in refused(sta, layout=(2, 4, 12), text_last=25)
+    cube = masks.generate_sta_mask_mod_3d((4, 8, 12), (2, 8, 6), (2, 4, 3), 31)
+    assert found(cube, q_len=415) == GNA((4, 4, 24), (2, 2, 24), (2, 1, 1), text_last=31)
+
+
 def wrong_canvas(width, height, window):
     """The sides of the canvas mixed up: rows are kept inside of the width, columns inside of the height."""
 
