@@ -178,6 +178,7 @@ def test_export_round_trip(route, door, strict):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch 2.11 for CUDA crashes while loading packages for a CPU")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_ahead_of_time_compilation(route, tmp_path):
     layer = Layer(flex_attention).requires_grad_(False)
