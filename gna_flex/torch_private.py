@@ -34,6 +34,7 @@ __all__ = [
     "flex_attention_hop",
     "inductor",
     "is_identity",
+    "keeps_assertions",
     "known_int",
     "likely_int",
     "not_compiling",
@@ -151,6 +152,11 @@ def variants_left() -> int:
     compilation = CompileContext.current_compile_id()
     number = getattr(compilation, "frame_compile_id", None)
     return 0 if number is None else torch._dynamo.config.recompile_limit - number - 1
+
+
+def keeps_assertions() -> bool:
+    """Whether Inductor compiles ``torch._assert_async`` for a GPU: a setting of its own, and not for AMD's."""
+    return bool(torch._inductor.config.assert_indirect_indexing) and torch.version.hip is None
 
 
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:

@@ -105,6 +105,13 @@ def test_dynamic_tokens_are_left_alone(route):
     assert {(call.route, call.reason) for call in compile_report().calls} == {("", "the number of tokens is dynamic")}
 
 
+def test_without_assertions_calls_are_left_alone(route):
+    qkv = tensors()
+    with torch._inductor.config.patch(assert_indirect_indexing=False):
+        assert_right(compiled(plain)(*qkv, MASK), qkv, CAUSAL)
+    assert (only().route, only().reason.partition(",")[0]) == ("", "Inductor is set to leave assertions out")
+
+
 def test_inner_graphs_that_are_used_twice():
     inner = torch.fx.symbolic_trace(lambda x: x.sin())
     graph = torch.fx.Graph()

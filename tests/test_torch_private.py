@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from gna_flex.torch_private import (
     flex_attention_hop,
     inductor,
     is_identity,
+    keeps_assertions,
     known_int,
     likely_int,
     not_compiling,
@@ -280,6 +282,14 @@ def test_inductor_takes_modes_and_options():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_inductor_says_whether_it_keeps_assertions():
+    folder = Path(torch._inductor.__file__).parent
+    assert '"assert_indirect_indexing": config.assert_indirect_indexing' in (folder / "codegen/triton.py").read_text()
+    assert keeps_assertions() is (torch.version.hip is None)
+    with torch._inductor.config.patch(assert_indirect_indexing=False):
+        assert not keeps_assertions()
+
+
 def test_passes_before_gradients():
     """Ours comes after one that was there, sees the graph that Dynamo made, and leaves nothing behind."""
     from torch._inductor import config

@@ -27,6 +27,7 @@ from gna_flex.symbolic.recognise import Recognition, recognise
 from gna_flex.torch_private import (
     BLOCK_TABLES,
     flex_attention_hop,
+    keeps_assertions,
     known_int,
     likely_int,
     not_compiling,
@@ -132,6 +133,8 @@ class _Rewriter:
 
     def check_lists(self, call: Call, gnas: tuple[GNA, ...]) -> None:
         """Refuses block lists that do not keep the pairs that the mask_mod keeps."""
+        if not keeps_assertions():
+            raise LeftAlone("Inductor is set to leave assertions out, so that block lists could change unnoticed")
         key = (call.sources, gnas, call.block)
         batch, heads = (max(x.shape[dim] for x in call.tables if x is not None) for dim in (0, 1))
         sizes = (ceil_div(length, block) for length, block in zip(call.lengths, call.block, strict=True))
