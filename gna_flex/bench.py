@@ -287,7 +287,7 @@ def to_json(what: str, gna: GNA, settings: dict[str, Any], timings: list[Timing]
     """A measurement with all that it was made with; what was not measured is ``None``."""
     ratios = zip(timings, speedups(what, timings), of_ideal(what, gna, timings), strict=True)
     measured = [dataclasses.asdict(timing) | {"speedup": ratio, "of_ideal": share} for timing, ratio, share in ratios]
-    rows = [{name: _known(value) for name, value in row.items()} for row in measured]
+    rows = [{name: or_none(value) for name, value in row.items()} for row in measured]
     described: dict[str, Any] = {
         "what": what,
         "gna": dataclasses.asdict(gna),
@@ -316,20 +316,21 @@ def table(what: str, gna: GNA, settings: dict[str, Any], timings: list[Timing]) 
 def _columns(what: str, gna: GNA, timings: list[Timing]) -> dict[str, list[str]]:
     """Columns of a table by heading; those without any number are left out."""
     columns = {
-        "median time": [_show(timing.milliseconds, ",.2f", " ms") for timing in timings],
-        f"vs {BASELINES[what]}": [_show(ratio, ",.2f", "x") for ratio in speedups(what, timings)],
-        "of ideal": [_show(share, ".0%", "") for share in of_ideal(what, gna, timings)],
-        "memory added": [_show(timing.peak_mib, ",.0f", " MiB") for timing in timings],
+        "median time": [shown(timing.milliseconds, ",.2f", " ms") for timing in timings],
+        f"vs {BASELINES[what]}": [shown(ratio, ",.2f", "x") for ratio in speedups(what, timings)],
+        "of ideal": [shown(share, ".0%", "") for share in of_ideal(what, gna, timings)],
+        "memory added": [shown(timing.peak_mib, ",.0f", " MiB") for timing in timings],
         "tiles": [timing.tiles or "-" for timing in timings],
     }
     known = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
     return {what: [timing.name for timing in timings]} | known
 
 
-def _known(value: Any) -> Any:
+def or_none(value: Any) -> Any:
     """``None`` in place of NaN, which JSON has no word for."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _show(value: float, form: str, unit: str) -> str:
+def shown(value: float, form: str, unit: str) -> str:
+    """A number with its unit; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:{form}}{unit}"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gna_flex.attention import explain
-from gna_flex.bench import _known, _show, environment
+from gna_flex.bench import environment, or_none, shown
 from gna_flex.compare import SAMPLE, SLOW, dense, routed, time_one
 from gna_flex.mask import gna_mask
 from gna_flex.models import Inputs, Model, Setting, block_lists, blocks_of, build, make_inputs
@@ -414,7 +414,7 @@ def to_json(measured: Measured) -> dict[str, Any]:
         "settings": measured.settings,
         "baseline": BASELINE,
         "generation": {"steps": model.steps, "dense_steps": model.dense_steps},
-        "rows": [{name: _known(value) for name, value in row.items()} for row in rows],
+        "rows": [{name: or_none(value) for name, value in row.items()} for row in rows],
         "checks": [check._asdict() | {"budget": check.budget(dtype)} for check in measured.checks],
     }
 
@@ -459,12 +459,12 @@ def table(measured: Measured) -> RenderableType:
             row.name,
             where,
             percent(numbers["sparsity"]),
-            _show(row.milliseconds, ",.1f", " ms"),
-            _show(row.attention, ",.1f", " ms"),
-            _show(numbers["speedup"], ".2f", "x"),
-            _show(numbers["generation"], ".2f", "x"),
-            _show(numbers["paper"], ".2f", "x"),
-            _show(row.peak_mib / 1024, ".1f", " GiB"),
+            shown(row.milliseconds, ",.1f", " ms"),
+            shown(row.attention, ",.1f", " ms"),
+            shown(numbers["speedup"], ".2f", "x"),
+            shown(numbers["generation"], ".2f", "x"),
+            shown(numbers["paper"], ".2f", "x"),
+            shown(row.peak_mib / 1024, ".1f", " GiB"),
         )
     size = (
         f"{model.class_name}, {measured.parameters / 1e9:.1f} billion random parameters, {measured.layers} layers of "
