@@ -1,57 +1,32 @@
 """Which foreign masks are a GNA: styles that have to be found, near misses that must not be, and random mutations."""
 
 import functools
-import itertools
 import random
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import Sizes, dense_mask, dim_mask, gna_id, one_dim_sets, random_gna, random_tile
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import Sizes, dense_mask, gna_id, random_gna, random_tile
+from recognised import (
+    SMALL,
+    bits,
+    causal,
+    chebyshev,
+    clamped_center,
+    dense,
+    found,
+    lookup_bounds,
+    lookup_of_tokens,
+    refused,
+    where_edges,
+    window_start,
+    without_and,
+)
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, noop_mask
 
 from gna_flex import GNA, TileOrder, gna_mask
 from gna_flex.mask_mod import mask_mod
 from gna_flex.symbolic import match
-from gna_flex.symbolic.exact import Tables, conditions, rows
 from gna_flex.symbolic.recognise import keeps, recognise
-from gna_flex.symbolic.trace import ElementIndexing, Refused, trace
-
-SMALL = Sizes(one=30, two=8, three=4)
-
-
-def dense(mod, q_len, kv_len=None, head=0):
-    """A mask_mod on all pairs, called by torch's vmap as FlexAttention does."""
-    b, h = torch.tensor(0), torch.tensor(head)
-    call = torch.vmap(torch.vmap(mod, in_dims=(None, None, None, 0)), in_dims=(None, None, 0, None))
-    with ElementIndexing():
-        keep = call(b, h, torch.arange(q_len), torch.arange(kv_len or q_len))
-    return torch.broadcast_to(keep, (q_len, kv_len or q_len)).numpy()
-
-
-def found(mod, **options):
-    """The recognised GNA of a mask_mod; its dense mask is the mask that torch evaluates."""
-    result = recognise(mod, **options)
-    assert result, result.reason
-    assert isinstance(result.gna, GNA)
-    if result.gna.tokens <= 3000:
-        assert (dense(mod, result.gna.tokens) == dense_mask(result.gna)).all()
-    return result.gna
-
-
-def refused(mod, **options):
-    """The reason why a mask is not recognised."""
-    result = recognise(mod, **options)
-    assert not result, f"recognised as {result}"
-    assert result.gna is None
-    assert str(result) == f"not recognised: {result.reason}"
-    return result.reason
-
-
-# Masks of this package.
 
 
 @pytest.mark.parametrize("number", range(30))
@@ -112,13 +87,6 @@ def test_one_gna_per_head():
     assert recognise(by_table, q_len=20, heads=2).gna == (GNA(20, 2, causal=True), GNA(20, 4, causal=True))
 
 
-# Styles of other people.
-
-
-def causal(b, h, q_idx, kv_idx):
-    return q_idx >= kv_idx
-
-
 @pytest.mark.parametrize("length", [1, 2, 300, 5000, 32768])
 def test_causal(length):
     assert found(causal, q_len=length) == GNA(length, -1, causal=length > 1)
@@ -165,24 +133,6 @@ def test_attention_gym():
     assert sta.gna == GNA((8, 12), (4, 9), (4, 3))
 
 
-def test_attention_gym_with_text():
-    """Text follows the tiles. Without an order a last dimension of the grid is inside of a tile."""
-    masks = pytest.importorskip("attn_gym.masks")
-    gna = GNA((8, 12), (4, 9), (4, 3), text_last=24)
-    order = TileOrder(gna, (4, 3))
-    sta = masks.generate_sta_mask_mod_2d((8, 12), (4, 9), (4, 3), 24)
-    assert recognise(sta, order=order).gna == gna
-    assert found(sta, layout=(2, 4, 12), text_last=24) == GNA((2, 4, 12), (1, 3, 12), text_last=24)
-    assert found(sta, q_len=120).text_last == 24
-    assert "padding sees key" in refused(
-        masks.generate_sta_mask_mod_2d((8, 12), (4, 9), (4, 3), 20),
-        order=TileOrder(GNA((8, 12), 1, text_last=20), (4, 3)),
-    )
-    assert "text does not see key" in refused(sta, layout=(2, 4, 12), text_last=25)
-    cube = masks.generate_sta_mask_mod_3d((4, 8, 12), (2, 8, 6), (2, 4, 3), 31)
-    assert found(cube, q_len=415) == GNA((4, 4, 24), (2, 2, 24), (2, 1, 1), text_last=31)
-
-
 def wrong_canvas(width, height, window):
     """The sides of the canvas mixed up: rows are kept inside of the width, columns inside of the height."""
 
@@ -219,127 +169,6 @@ def test_natten(number):
     assert recognise(theirs)
 
 
-def clamped_center(gna):
-    """Distance to a center that is kept away from the edges."""
-    (height, width), (rows, columns) = gna.layout, gna.window
-
-    def mod(b, h, q_idx, kv_idx):
-        center_y = (q_idx // width).clamp(rows // 2, height - 1 - rows // 2)
-        center_x = (q_idx % width).clamp(columns // 2, width - 1 - columns // 2)
-        near_y = (kv_idx // width - center_y).abs() <= rows // 2
-        return near_y & ((kv_idx % width - center_x).abs() <= columns // 2)
-
-    return mod
-
-
-def chebyshev(gna):
-    """The larger of two distances."""
-    (height, width), (rows, columns) = gna.layout, gna.window
-    assert rows == columns
-
-    def mod(b, h, q_idx, kv_idx):
-        y = torch.clamp(torch.div(q_idx, width, rounding_mode="floor"), rows // 2, height - 1 - rows // 2)
-        x = torch.clamp(torch.remainder(q_idx, width), rows // 2, width - 1 - rows // 2)
-        return torch.maximum((kv_idx // width - y).abs(), (x - kv_idx % width).abs()) <= rows // 2
-
-    return mod
-
-
-def window_start(gna):
-    """``start <= key < start + window`` in every dimension, with a loop over them."""
-
-    def mod(b, h, q_idx, kv_idx):
-        keep = q_idx >= 0
-        for length, window in zip(gna.layout[::-1], gna.window[::-1], strict=True):
-            q, k = q_idx % length, kv_idx % length
-            q_idx, kv_idx = q_idx // length, kv_idx // length
-            start = torch.minimum(torch.maximum(q - window // 2, torch.zeros_like(q)), length - torch.tensor(window))
-            keep = keep & (k >= start) & (k < start + window)
-        return keep
-
-    return mod
-
-
-def where_edges(gna):
-    """Three cases per dimension: first edge, last edge, between."""
-
-    def near(q, k, length, window):
-        half = window // 2
-        inside = (k >= q - half) & (k < q - half + window)
-        last = torch.where(q - half + window > length, k >= length - window, inside)
-        return torch.where(q < half, k < window, last)
-
-    def mod(b, h, q_idx, kv_idx):
-        keep = True
-        for axis, (length, window) in enumerate(zip(gna.layout, gna.window, strict=True)):
-            weight = int(np.prod(gna.layout[axis + 1 :]))
-            keep = near(q_idx // weight % length, kv_idx // weight % length, length, window) & keep
-        return keep
-
-    return mod
-
-
-def lookup_bounds(gna):
-    """Tables of the first and last key per coordinate."""
-    tables = []
-    for length, window in zip(gna.layout, gna.window, strict=True):
-        low = (torch.arange(length) - window // 2).clamp(0, length - window)
-        tables.append((low, low + window))
-
-    def mod(b, h, q_idx, kv_idx):
-        keep = torch.ones_like(q_idx, dtype=torch.bool)
-        for (low, high), length in list(zip(tables, gna.layout, strict=True))[::-1]:
-            q, k = torch.fmod(q_idx, length), torch.fmod(kv_idx, length)
-            q_idx, kv_idx = q_idx // length, kv_idx // length
-            keep = torch.logical_and(keep, (low[q] <= k) & (k < high[q]))
-        return keep
-
-    return mod
-
-
-def lookup_of_tokens(gna):
-    """Tables of the coordinates of every token, and of the allowed pairs of coordinates."""
-    places = [torch.from_numpy(x) for x in np.unravel_index(np.arange(gna.tokens), gna.layout)]
-    allowed = [torch.from_numpy(dense_mask(GNA(n, w))) for n, w in zip(gna.layout, gna.window, strict=True)]
-
-    def mod(b, h, q_idx, kv_idx):
-        keep = True
-        for place, table in zip(places, allowed, strict=True):
-            keep = table[place[q_idx], place[kv_idx]] & keep
-        return keep
-
-    return mod
-
-
-def without_and(gna):
-    """Logic by negation: not (too early or too late)."""
-
-    def mod(b, h, q_idx, kv_idx):
-        outside = q_idx < 0
-        for axis, (length, window) in enumerate(zip(gna.layout, gna.window, strict=True)):
-            weight = int(np.prod(gna.layout[axis + 1 :]))
-            q, k = q_idx // weight % length, kv_idx // weight % length
-            start = (q - window // 2).clamp(min=0).clamp(max=length - window)
-            outside = outside | (k < start) | torch.logical_not(k - start < window)
-        return ~outside
-
-    return mod
-
-
-def bits(gna):
-    """Shifts and masks, for sides that are powers of two."""
-    (height, width), (rows, columns) = gna.layout, gna.window
-    shift = width.bit_length() - 1
-
-    def mod(b, h, q_idx, kv_idx):
-        y0 = ((q_idx >> shift) - rows // 2).clamp(0, height - rows)
-        x0 = ((q_idx & (width - 1)) - columns // 2).clamp(0, width - columns)
-        dy, dx = (kv_idx >> shift) - y0, (kv_idx & (width - 1)) - x0
-        return (dy >= 0) & (dy < rows) & (dx >= 0) & (dx < columns)
-
-    return mod
-
-
 @pytest.mark.parametrize(
     ("style", "gna"),
     [
@@ -359,159 +188,6 @@ def bits(gna):
 def test_styles(style, gna):
     assert found(style(gna), layout=gna.layout) == gna
     assert recognise(style(gna), q_len=gna.tokens)
-
-
-def test_text_by_hand():
-    gna = GNA((5, 7), 3, text_first=2, text_last=4)
-
-    def mod(b, h, q_idx, kv_idx):
-        near = clamped_center(GNA((5, 7), 3))(b, h, q_idx - 2, kv_idx - 2)
-        text = torch.where((q_idx < 2) | (q_idx >= 37), True, (kv_idx < 2) | (kv_idx > 36))
-        return torch.where(text, text, near)
-
-    assert found(mod, layout=(5, 7), text_first=2, text_last=4) == gna
-    assert "see" in refused(mod, layout=(5, 7), text_first=3, text_last=3)
-    assert "text does not see key 40" in refused(
-        lambda b, h, q, k: mod(b, h, q, k) & (k != 40), layout=(5, 7), text_first=2, text_last=4
-    )
-    assert "tokens" in refused(create_block_mask(mod, None, None, 41, 41, device="cpu"), layout=(5, 7))
-
-
-# Text around the grid: a mask_mod of the grid, text tokens before it and all tokens without those after it.
-
-
-def text_or(near, first, end):
-    def mod(b, h, q, k):
-        keep = near(b, h, q - first, k - first) | (q >= end) | (k >= end)
-        return (q < first) | (k < first) | keep if first else keep
-
-    return mod
-
-
-def text_where(near, first, end):
-    def mod(b, h, q, k):
-        text = torch.logical_or((q < first) | (q > end - 1), (k < first) | (k > end - 1))
-        return torch.where(text, True, near(b, h, q - first, k - first))
-
-    return mod
-
-
-def text_parts(near, first, end):
-    """As sliding tile attention has it: grid to grid, grid to text, text to all."""
-
-    def mod(b, h, q, k):
-        grid_q, grid_k = (q >= first) & (q < end), (k >= first) & (k < end)
-        return (grid_q & grid_k & near(b, h, q - first, k - first)) | (grid_q & ~grid_k) | ~grid_q
-
-    return mod
-
-
-def text_not(near, first, end):
-    """Only pairs of the grid can be left out; indices are kept inside of the grid."""
-
-    def mod(b, h, q, k):
-        i, j = ((x - first).clamp(0, end - first - 1) for x in (q, k))
-        return ~((q - first == i) & (k - first == j) & ~near(b, h, i, j))
-
-    return mod
-
-
-def text_table(near, first, end):
-    """Tables of which tokens are text, and of the grid token of every token."""
-    places = torch.arange(end + 100)
-    is_text, place = (places < first) | (places >= end), (places - first).clamp(0, end - first - 1)
-
-    def mod(b, h, q, k):
-        return is_text[q] | is_text[k] | near(b, h, place[q], place[k])
-
-    return mod
-
-
-WITH_TEXT = (text_or, text_where, text_parts, text_not, text_table)
-AROUND = ((0, 5), (4, 0), (3, 6), (77, 0), (0, 90), (1, 1))
-
-
-@pytest.mark.parametrize("style", WITH_TEXT)
-def test_text_is_found(style):
-    """With the layout of masks without text, and nothing given but the number of tokens."""
-    for near, gna in (
-        (clamped_center(GNA((9, 14), (3, 7))), GNA((9, 14), (3, 7))),
-        (where_edges(GNA((4, 6, 5), (2, 5, 3))), GNA((4, 6, 5), (2, 5, 3))),
-        (and_masks(causal, lambda b, h, q, k: q - k < 8), GNA(40, 8, causal=True)),
-    ):
-        for first, last in AROUND:
-            text = GNA(gna.layout, gna.window, causal=gna.causal, text_first=first, text_last=last)
-            assert found(style(near, first, first + gna.tokens), q_len=text.tokens) == text
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 1 << 30), st.sampled_from(WITH_TEXT), st.integers(0, 9), st.integers(0, 9))
-def test_random_masks_with_text(seed, style, first, last):
-    """Found wherever they are found without text, and as what they are."""
-    gna = random_gna(random.Random(seed), sizes=SMALL, text=(0,))
-    near = mask_mod((gna,))
-    alone = recognise(near, q_len=gna.tokens)
-    mod = style(near, first, first + gna.tokens)
-    result = recognise(mod, q_len=first + gna.tokens + last)
-    assert bool(result) == bool(alone), (alone, result)
-    if result:
-        assert (dense_mask(result.gna) == dense(mod, result.gna.tokens)).all()
-        everything = dense_mask(gna).all()
-        wanted = (0, 0) if everything else (first, last)
-        assert (result.gna.text_first, result.gna.text_last) == wanted
-
-
-@pytest.mark.parametrize("style", WITH_TEXT)
-def test_text_that_is_not_quite(style):
-    """One of the two ends off by one, in what sees or in what is seen: never recognised as anything that it is not."""
-    gna = GNA((6, 7), (3, 5))
-    near = clamped_center(gna)
-    first, end, tokens = 3, 45, 50
-    mod = style(near, first, end)
-    cuts = {
-        "no text key seen by the grid": lambda q, k: (q < first) | (q >= end) | ((k >= first) & (k < end)),
-        "text sees no grid": lambda q, k: ((q >= first) & (q < end)) | (k < first) | (k >= end),
-        "padded text": lambda q, k: k < tokens - 1,
-        "one text query": lambda q, k: (q != 1) | (k != 20),
-        "one text key": lambda q, k: (q != 20) | (k != 47),
-        "text is causal": lambda q, k: (q < end) | (q >= k),
-    }
-    for name, cut in cuts.items():
-        reason = refused(lambda b, h, q, k, cut=cut: mod(b, h, q, k) & cut(q, k), q_len=tokens)
-        assert "query" in reason or "dimension" in reason, (name, reason)
-    for q0, k0 in itertools.product((first, end - 1), repeat=2):
-        mixed = lambda b, h, q, k, q0=q0, k0=k0: mod(b, h, q, k) | (q == q0) | (k == k0)  # noqa: E731
-        result = recognise(mixed, q_len=tokens)
-        assert not result or (dense_mask(result.gna) == dense(mixed, tokens)).all()
-
-
-def test_text_of_heads_that_differ():
-    """Text is what is text for all heads; one of them may be dense."""
-    windows: list[dict[str, Any]] = [{"window": 3}, {"window": (5, 4), "causal": True}, {"window": -1}]
-    mod = text_or(mask_mod(tuple(GNA((6, 7), **options) for options in windows)), 4, 46)
-    gnas = tuple(GNA((6, 7), **options, text_first=4, text_last=3) for options in windows)
-    assert recognise(mod, q_len=49, heads=3).gna == gnas
-    assert recognise(create_block_mask(mod, None, 3, 49, 49, device="cpu")).gna == gnas
-    only_first_head = lambda b, h, q, k: mod(b, h, q, k) & ((h == 0) | (q < 46))  # noqa: E731
-    assert "text" in refused(only_first_head, q_len=49, heads=3, text_first=4, text_last=3)
-    assert not recognise(only_first_head, q_len=49, heads=3)
-
-
-def test_a_grid_with_text_has_no_other_token_that_is_like_text():
-    """What finding text relies on, over all one-dimensional neighborhoods: nothing or everything sees all of them."""
-    for length, *parameters in one_dim_sets(12):
-        keep = dim_mask(length, *parameters)
-        like_text = keep.all(0) & keep.all(1)
-        assert like_text.all() == like_text.any()
-
-
-def test_text_that_is_nearly_everything():
-    """A grid too small to be found among its text is not recognised; with the text given it is."""
-    gna = GNA(8, 3, text_first=1020, text_last=1000)
-    mod = mask_mod((gna,))
-    assert recognise(mod, text_first=1020, text_last=1000, q_len=gna.tokens).gna == gna
-    assert "not one window" in refused(mod, q_len=gna.tokens)
-    assert found(lambda b, h, q, k: q >= 0, q_len=500) == GNA.dense(500)
 
 
 def test_equality_of_two_coordinates_at_once():
@@ -537,9 +213,6 @@ def test_mixed_dimensions_are_decided_by_all_pairs():
     assert "do not act on their own" in refused(
         lambda b, h, q, k: (q // 8 - k // 8).abs() + (q % 8 - k % 8).abs() <= 3, layout=(6, 8)
     )
-
-
-# Near misses.
 
 
 def near_misses():
@@ -678,9 +351,6 @@ def test_functions_that_change_their_mind():
     assert "unlike when it was traced" in refused(mod, q_len=40)
 
 
-# Block lists.
-
-
 def rebuilt(mask, **changes):
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     tables = {name: getattr(mask, name) for name in names}
@@ -738,182 +408,6 @@ def test_block_lists_that_say_something_else():
     assert "listed as full" in refused(full)
     mask.q_indices = mask.q_indices.flip(2)
     assert "do not agree" in refused(mask)
-
-
-# Properties.
-
-
-def random_expression(rng, q, k, depth):
-    """A random integer built from the two indices; division and remainder by positive and negative numbers too."""
-    if depth == 0:
-        return rng.choice([q, k, q, k, rng.randint(-9, 9) + torch.zeros_like(q)])
-    a, b = (random_expression(rng, q, k, depth - 1) for _ in range(2))
-    number = rng.choice([-7, -3, -2, 1, 2, 3, 5, 8])
-    return rng.choice(
-        [
-            lambda: a + b,
-            lambda: a - b,
-            lambda: b - number,
-            lambda: number - a,
-            lambda: a * rng.randint(-3, 3),
-            lambda: -a,
-            lambda: a.abs(),
-            lambda: torch.square(a % 5),
-            lambda: a // number,
-            lambda: a % number,
-            lambda: torch.fmod(a, number),
-            lambda: torch.div(a, number, rounding_mode="trunc"),
-            lambda: torch.div(a, abs(number), rounding_mode="floor"),
-            lambda: a >> abs(number) % 4,
-            lambda: a & abs(number),
-            lambda: (a | 3) ^ b,
-            lambda: ~a,
-            lambda: torch.minimum(a, b),
-            lambda: torch.maximum(a, b),
-            lambda: a.clamp(-2, number),
-            lambda: torch.where(a < b, a, number),
-            lambda: (a > number) + b,
-            lambda: (a.float() * 0.5).floor().int() + b,
-            lambda: torch.arange(13, 0, -1)[a % 13],
-            lambda: torch.arange(35).view(5, 7)[a % 5, b % 7],
-            lambda: torch.arange(35).view(5, 7)[a % 5][b % 7],
-            lambda: a.long().to(torch.int16).to(b.dtype),
-        ]
-    )()
-
-
-def random_condition(rng, q, k, depth):
-    a, b = (random_expression(rng, q, k, depth) for _ in range(2))
-    kind = rng.choice(["lt", "le", "gt", "ge", "eq", "ne"])
-    return rng.choice(
-        [
-            lambda: getattr(torch, kind)(a, b),
-            lambda: getattr(torch, kind)(a, rng.randint(-3, 9)),
-            lambda: (a <= b) & ((a - b).abs() < 4),
-            lambda: torch.logical_or(a, b > 2),
-            lambda: (a < b) ^ (a % 2 == 0),
-            lambda: torch.where(a > 3, b < 2, a == b),
-            lambda: ~((a < 3) | (b >= 2)),
-            lambda: torch.maximum(a.abs(), b) <= 6,
-            lambda: torch.minimum(a.abs(), b) > 5,
-            lambda: (a < 1.5) == (b > 0.5),
-        ]
-    )()
-
-
-@pytest.mark.parametrize("number", range(300))
-def test_values_are_those_of_torch(number):
-    """Whatever is not refused has the value that torch gives it, for every pair, in both integer types."""
-
-    def mod(b, h, q, k):
-        rng = random.Random(number)
-        return random_condition(rng, q, k, rng.randint(0, 3))
-
-    try:
-        tables = Tables(trace(mod), 24, 24)
-    except Refused:
-        return
-    part = tables.part(np.arange(24), np.arange(24))
-    values = np.concatenate([keep for _, keep in rows(part, 24, 24)])
-    assert (values == dense(mod, 24)).all()
-    assert (values == dense(lambda b, h, q, k: mod(b, h, q.int(), k.int()), 24)).all()
-    every = np.ones((24, 24), dtype=bool)
-    for condition in conditions(part):
-        every &= np.concatenate([keep for _, keep in rows(condition, 24, 24)])
-    assert (values == every).all()
-
-
-def random_window(rng, q, k, length):
-    """A random condition of the kind that long dimensions are decided by: often one window, often not."""
-    number = rng.randint(1, 6)
-    low = (q - number).clamp(0, length - number) if rng.random() < 0.5 else q // number * number
-    parts = [k >= low, k < low + number, q >= k, (q - k).abs() <= number, q % number == k % number, k // number <= q]
-    parts += [torch.maximum(q - k, k - low) <= number, ~(k + 1 < low), (k < 3) | (q - k < 5), 2 * k - q != 3]
-    parts += [torch.where(q > 9, k > low, k <= low), (q - k) // 2 == 0, (low == k) ^ (k <= q)]
-    keep = rng.choice(parts)
-    for part in rng.sample(parts, rng.randint(0, 3)):
-        keep = keep & part if rng.random() < 0.8 else keep | part
-    return keep
-
-
-@pytest.mark.parametrize("number", range(150))
-def test_long_dimensions_are_never_guessed(number):
-    """Where conditions change is enough to know all pairs: the same keys, or no answer."""
-
-    def mod(b, h, q, k):
-        return random_window(random.Random(number), q, k, 23)
-
-    part = Tables(trace(mod), 23, 23).part(np.arange(23), np.arange(23))
-    keep = dense(mod, 23)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(match, "MATRIX_LENGTH", 0)
-            seen = match.key_intervals(part, 23)
-    except Refused:
-        return
-    expected = np.zeros_like(keep)
-    for query in range(23):
-        keys = np.arange(seen.low[query], seen.high[query]) * seen.dilation + query % seen.dilation
-        expected[query, keys] = True
-    assert (keep == expected).all()
-
-
-@st.composite
-def gnas(draw):
-    return random_gna(random.Random(draw(st.integers(0, 1 << 30))), sizes=SMALL)
-
-
-@settings(max_examples=40)
-@given(gnas())
-def test_random_masks_are_recognised(gna):
-    result = recognise(mask_mod((gna,)), layout=gna.layout, text_first=gna.text_first, text_last=gna.text_last)
-    assert result, result.reason
-    assert (dense_mask(result.gna) == dense_mask(gna)).all()
-
-
-@settings(max_examples=60)
-@given(gnas(), st.integers(0, 1 << 30), st.booleans())
-def test_one_pair_flipped(gna, seed, drop):
-    """A mask that differs in one pair is recognised only if it really is another GNA."""
-    keep = dense_mask(gna)
-    candidates = np.argwhere(keep == drop)
-    if not len(candidates):
-        return
-    q0, k0 = (int(x) for x in candidates[seed % len(candidates)])
-    base = mask_mod((gna,))
-
-    def mod(b, h, q_idx, kv_idx):
-        pair = (q_idx == q0) & (kv_idx == k0)
-        return base(b, h, q_idx, kv_idx) & ~pair if drop else base(b, h, q_idx, kv_idx) | pair
-
-    changed = keep.copy()
-    changed[q0, k0] = not drop
-    result = recognise(mod, layout=gna.layout, text_first=gna.text_first, text_last=gna.text_last)
-    if result:
-        assert (dense_mask(result.gna) == changed).all()
-
-
-def every_mask(length):
-    """Dense masks of all one-dimensional GNAs."""
-    return {
-        dense_mask(GNA(length, w, s, d, c)).tobytes()
-        for d in range(1, length + 1)
-        for w in range(1, length // d + 1)
-        for s in range(1, w + 1)
-        for c in (False, True)
-    }
-
-
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_every_mask_of_a_few_tokens(length):
-    """Recognised if and only if it is a GNA, by brute force over all masks."""
-    possible = every_mask(length)
-    for number in range(1 << (length * length)):
-        table = torch.tensor([(number >> bit) & 1 == 1 for bit in range(length * length)]).view(length, length)
-        if length == 3 and number % 7 and table.numpy().tobytes() not in possible:
-            continue
-        result = recognise(lambda b, h, q, k, table=table: table[q, k], layout=length)
-        assert bool(result) == (table.numpy().tobytes() in possible), (table, result)
 
 
 def test_answers_are_readable():
