@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 import re
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,17 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gna_flex.attention import flex_attention
-from gna_flex.kernels import lasting
-from gna_flex.mask import DEFAULT_BLOCK, GNABlockMask
+from gna_flex.kept import fixed, keep_for_graphs, kept_mask, masks_of_graphs
+from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA, Bools, Ints, as_int
-from gna_flex.plan import MaskPlan
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "na1d", "na2d", "na3d"]
 
 log = logging.getLogger("gna_flex")
 
-MASKS_KEPT = 64
-"""Masks of eager calls that are kept for the next call, the least recently used dropped."""
 TUNING = {
     "attention_kwargs": None,
     "backend": None,
@@ -314,51 +309,22 @@ def _say_ignored(names: tuple[str, ...]) -> None:
 
 def _mask_of(layout: tuple[int, ...], neighborhood: tuple[Any, ...], extra: int, device: torch.device) -> GNABlockMask:
     """The mask of an eager call."""
-    return _mask(_gna(layout, *(tuple(x) if isinstance(x, Iterable) else x for x in neighborhood), extra), device)
+    return kept_mask(_gna(layout, *(tuple(x) if isinstance(x, Iterable) else x for x in neighborhood), extra), device)
 
 
 def _mask_in_graph(
     layout: tuple[int, ...], neighborhood: tuple[Any, ...], extra: int, device: torch.device
 ) -> GNABlockMask:
     """The mask of a call that is compiled: made at once, and found in a global place by the graph."""
-    name = _name_in_graphs(_fixed(layout), _fixed(neighborhood), _fixed(extra), device)
-    mask: GNABlockMask = getattr(_masks_of_graphs, name)
+    name = _name_in_graphs(fixed(layout), fixed(neighborhood), fixed(extra), device)
+    mask: GNABlockMask = getattr(masks_of_graphs, name)
     return mask
-
-
-def _fixed(value: Any) -> Any:
-    """Numbers for good: a graph with dynamic sizes has symbols for them, but the mask depends on their values."""
-    if isinstance(value, tuple | list):
-        return tuple([_fixed(x) for x in value])
-    return operator.index(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name_in_graphs(layout: tuple[int, ...], neighborhood: tuple[Any, ...], extra: int, device: torch.device) -> str:
     """Where a graph finds its mask. It is called while torch compiles, and its answer becomes part of the graph."""
-    return _keep(_gna(layout, *neighborhood, extra), device)
-
-
-_masks_of_graphs = types.SimpleNamespace()
-
-
-@functools.cache
-def _keep(gna: GNA, device: torch.device) -> str:
-    """Keeps a mask as long as the process lives, as compiled functions may."""
-    mask = _mask(gna, device)
-    setattr(_masks_of_graphs, mask.handle, mask)
-    return mask.handle
-
-
-@functools.lru_cache(maxsize=MASKS_KEPT)
-def _mask(gna: GNA, device: torch.device) -> GNABlockMask:
-    """``gna_mask`` of a GNA, which must not be called while torch compiles.
-
-    In a thread of its own tensors are neither those of inference mode nor of a CUDA graph, in which the first call may
-    be, but which the next need not.
-    """
-    plan = MaskPlan((gna,), None, None, DEFAULT_BLOCK, DEFAULT_BLOCK)
-    return lasting(lambda: GNABlockMask(plan, device))
+    return keep_for_graphs(_gna(layout, *neighborhood, extra), device)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import has_static_value, is_concrete_int
 from torch.nn.attention import flex_attention as _flex_module
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "example_input",
     "flex_attention_backward_hop",
     "flex_attention_hop",
+    "has_static_value",
     "inductor",
     "is_identity",
     "keeps_assertions",

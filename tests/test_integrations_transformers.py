@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import dense_mask
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gna_flex import GNA, GNABlockMask
@@ -21,10 +22,12 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    StaticCache,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -32,9 +35,11 @@ from transformers import (
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
+    create_chunked_causal_mask,
     packed_sequence_mask_function,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 from gna_flex.integrations import transformers as gna_transformers
@@ -373,27 +378,133 @@ def test_language_models_train(taken):
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+class Recorder:
+    """A backend that counts the attentions of ``"sdpa"`` in the graphs that it is given."""
+
+    def __init__(self, inner: str = "eager") -> None:
+        self.inner, self.sdpa = lookup_backend(inner), []
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        targets = [node.target for node in graph.graph.nodes]
+        self.sdpa.append(targets.count(nn.functional.scaled_dot_product_attention))
+        return self.inner(graph, inputs)
+
+
+def compiled(model: nn.Module, **options: Any) -> tuple[nn.Module, Recorder]:
+    recorder = Recorder(**options)
+    register()
+    model.set_attn_implementation("gna_flex")
+    return torch.compile(model, backend=recorder, fullgraph=True), recorder
+
+
+@pytest.mark.parametrize(("build", "dense_layers", "inner"), [(mistral, 0, "aot_eager"), (gemma, 2, "eager")])
 @torch.no_grad()
-def test_compiled_language_models(backend, fresh_compiler):
+def test_compiled_language_models(build, dense_layers, inner, fresh_compiler):
+    """Prompts take our routes in the layers with a window; other lengths, which make the graph dynamic, do not."""
+    model, tokens = build(), torch.randint(1, 32, (2, 40))
+    expected, _ = both(model, tokens)
+    function, recorder = compiled(model, inner=inner)
+    assert_close(function(tokens).logits, expected)
+    assert_close(function(tokens).logits, expected)
+    assert recorder.sdpa == [dense_layers]
+    for length in (30, 6):
+        expected, _ = both(model, tokens[:, :length])
+        assert_close(function(tokens[:, :length]).logits, expected)
+    assert set(recorder.sdpa[1:]) == {len(model.model.layers)}
+
+
+def test_compiled_language_models_train(fresh_compiler):
+    model, tokens = mistral(), torch.randint(1, 32, (2, 40))
+    function, recorder = compiled(model, inner="aot_eager")
+    gradients = []
+    for run in (model, function):
+        model.set_attn_implementation("sdpa" if run is model else "gna_flex")
+        model.zero_grad()
+        run(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    top = max(x.abs().max() for x in gradients[0])
+    assert all((a - b).abs().max() <= 1e-4 * top for a, b in zip(*gradients, strict=True))
+    assert recorder.sdpa == [0]
+
+
+def left_to_sdpa() -> dict[str, dict[str, Any]]:
+    """Arguments with which a mask depends on values of tensors, which are not known when compiling."""
+    padding = torch.ones(2, 40, dtype=torch.long)
+    padding[1, :5] = 0
+    packed = torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)
+    return {
+        "padding": {"attention_mask": padding},
+        "a mask without padding": {"attention_mask": torch.ones(2, 40, dtype=torch.long)},
+        "packed sequences": {"position_ids": packed, "use_cache": False},
+        "packed sequences are looked for": {"use_cache": False},
+    }
+
+
+@pytest.mark.parametrize("case", left_to_sdpa())
+@torch.no_grad()
+def test_what_compiled_language_models_leave_to_sdpa(case, fresh_compiler):
+    model, tokens, options = mistral(), torch.randint(1, 32, (2, 40)), left_to_sdpa()[case]
+    expected, _ = both(model, tokens, **options)
+    function, recorder = compiled(model)
+    valid = options.get("attention_mask", torch.ones(2, 40)).bool()
+    assert_close(function(tokens, **options).logits[valid], expected[valid])
+    assert recorder.sdpa == [2]
+
+
+@torch.no_grad()
+def test_compiled_caches(fresh_compiler):
+    """Prompts with a static cache take our routes, later ones and steps of a generation those of sdpa."""
     model, tokens = mistral(), torch.randint(1, 32, (2, 40))
     expected, _ = both(model, tokens)
-    assert_close(torch.compile(model, backend=backend, fullgraph=True)(tokens, use_cache=False).logits, expected)
+    function, recorder = compiled(model)
+    for cache in (StaticCache(model.config, max_cache_len=64), DynamicCache(config=model.config)):
+        recorder.sdpa.clear()
+        assert_close(function(tokens[:, :30], past_key_values=cache).logits, expected[:, :30])
+        assert recorder.sdpa == [0]
+        assert_close(function(tokens[:, 30:39], past_key_values=cache).logits, expected[:, 30:39])
+        assert_close(function(tokens[:, 39:], past_key_values=cache).logits, expected[:, 39:])
+        assert set(recorder.sdpa[1:]) == {2}
+        torch._dynamo.reset()
 
 
-def test_functions_that_are_no_sliding_window():
-    window = gna_transformers.sliding_window
-    assert window(sliding_window_causal_mask_function(9)) == 9
-    others = [
-        None,
-        causal_mask_function,
-        sliding_window_bidirectional_mask_function(9),
-        and_masks(sliding_window_causal_mask_function(9), sliding_window_causal_mask_function(9)),
-        and_masks(sliding_window_causal_mask_function(9), causal_mask_function),
-        and_masks(sliding_window_causal_mask_function(9), packed_sequence_mask_function(torch.zeros(1, 4))),
-        lambda b, h, q, k: q >= k,
-    ]
-    assert not any(map(window, others))
+def test_compiled_chunks(fresh_compiler):
+    """Attention in chunks comes with the same arguments as a window, but for the function."""
+    register()
+    config = MistralConfig(attention_chunk_size=8, sliding_window=8, attn_implementation="gna_flex")
+    function = torch.compile(create_chunked_causal_mask, backend="eager", fullgraph=True)
+    mask = function(config, torch.zeros(2, 40, 8), None, None)
+    expected = [[q // 8 == k // 8 and q >= k for k in range(40)] for q in range(40)]
+    assert mask.tolist() == [[expected]] * 2
+
+
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+def test_functions_that_are_no_sliding_window(run, fresh_compiler):
+    window = sliding_window_causal_mask_function
+
+    def others() -> list[Any]:
+        return [
+            None,
+            causal_mask_function,
+            sliding_window_bidirectional_mask_function(9),
+            window(8),
+            window(10),
+            and_masks(window(9), window(9)),
+            and_masks(window(9), causal_mask_function),
+            and_masks(causal_mask_function, sliding_window_overlay(9)),
+            lambda b, h, q, k: q >= k,
+            lambda b, h, q, k: q - k,
+            lambda b, h, q, k: True,
+        ]
+
+    def answers() -> list[bool]:
+        found = [gna_transformers.is_sliding_window(other, 9) for other in others()]
+        return [gna_transformers.is_sliding_window(window(9), 9), *found]
+
+    run_it = torch.compile(answers, backend="eager", fullgraph=True) if run == "compiled" else answers
+    assert run_it() == [True] + [False] * len(others())
+    packed = and_masks(window(9), packed_sequence_mask_function(torch.zeros(1, 4)))
+    assert not gna_transformers.is_sliding_window(packed, 9)
+    assert not gna_transformers.is_sliding_window(lambda b, h, q, k: (k > q - 9) if q else (k <= q), 9)
 
 
 def test_arguments_that_change_attention():

@@ -12,7 +12,7 @@ import torch
 from helpers import Exact, assert_within_budget, dense_attention, dense_mask, exact_attention, gna_id
 from torch import Tensor
 
-from gna_flex import GNA, natten
+from gna_flex import GNA, kept, natten
 from gna_flex.natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D, na1d, na2d, na3d
 
 OPERATIONS = (na1d, na2d, na3d)
@@ -339,11 +339,11 @@ def test_arguments_about_kernels_have_no_effect_and_one_line(caplog):
 
 class TestMasks:
     def test_are_kept(self):
-        natten._mask.cache_clear()
+        kept.kept_mask.cache_clear()
         tensors = inputs(GRID)
         for kernel_size in (3, (3, 3), [3, 3], 3):
             na2d(*tensors, kernel_size)
-        assert natten._mask.cache_info().misses == 1
+        assert kept.kept_mask.cache_info().misses == 1
 
     def test_kept_masks_do_not_blur_kinds(self):
         na2d(*inputs(GRID), 1)
@@ -351,12 +351,12 @@ class TestMasks:
             na2d(*inputs(GRID), True)
 
     def test_first_call_in_inference_mode(self):
-        natten._mask.cache_clear()
+        kept.kept_mask.cache_clear()
         tensors = [x.requires_grad_() for x in inputs(GRID, 3)]
         with torch.inference_mode():
             call(GRID, tensors)
-        mask = natten._mask(GNA(GRID.layout, GRID.window, GRID.stride, text_last=3), torch.device("cpu"))
-        assert natten._mask.cache_info().misses == 1
+        mask = kept.kept_mask(GNA(GRID.layout, GRID.window, GRID.stride, text_last=3), torch.device("cpu"))
+        assert kept.kept_mask.cache_info().misses == 1
         assert not mask.kv_indices.is_inference()
         call(GRID, tensors).sum().backward()
 
@@ -398,13 +398,13 @@ class TestCompiled:
         compiled = torch.compile(lambda q, k, v: na2d(q, k, v, 3), fullgraph=True, backend="eager")
         tensors = inputs(GRID)
         expected = compiled(*tensors)
-        natten._mask.cache_clear()
+        kept.kept_mask.cache_clear()
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert torch.equal(compiled(*tensors), expected)
-        kept = len(vars(natten._masks_of_graphs))
+        before = len(vars(kept.masks_of_graphs))
         torch._dynamo.reset()
         assert torch.equal(compiled(*tensors), expected)
-        assert len(vars(natten._masks_of_graphs)) == kept
+        assert len(vars(kept.masks_of_graphs)) == before
 
     def test_errors_name_the_argument(self):
         compiled = torch.compile(lambda q, k, v: na2d(q, k, v, 7), fullgraph=True, backend="eager")

@@ -21,6 +21,7 @@ from gna_flex.torch_private import (
     FakeTensor,
     example_input,
     flex_attention_hop,
+    has_static_value,
     inductor,
     is_identity,
     keeps_assertions,
@@ -273,6 +274,24 @@ def test_what_a_backend_sees():
     assert variants_left() == 0
     assert known_int(7) == likely_int(7) == 7
     assert known_int(None) is likely_int(None) is None
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_sizes_that_graphs_know():
+    """Asked inside of a compiled function; nothing is assumed about a size by asking."""
+    seen = []
+
+    def function(x):
+        return x + (1 if has_static_value(x.shape[0]) else 2)
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    assert [compiled(torch.zeros(rows, 3)).max().item() for rows in (4, 5, 6)] == [1, 2, 2]
+    assert len(seen) == 2
+    assert has_static_value(7)
 
 
 def test_inductor_takes_modes_and_options():

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from gna_flex.attention import flex_attention
 from gna_flex.integrations.layers import TRACED, Layers, Plan, Tokens, neighborhoods
 from gna_flex.integrations.summary import ModelReport, summary
+from gna_flex.kept import fixed, keep_for_graphs, masks_of_graphs
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA, Ints
+from gna_flex.torch_private import has_static_value
 
 log = logging.getLogger("gna_flex")
 
@@ -47,7 +49,11 @@ def register() -> None:
     Language models whose layers have a causal sliding window then run prompts (prefill) and training on our routes,
     with the results of ``"sdpa"``. All other calls go to ``"sdpa"``, and a line of the logger ``gna_flex`` at level
     DEBUG says why: steps of a generation (fewer queries than keys), padded prompts, packed sequences, windows larger
-    than the prompt, other masks, and compiled models, as masks cannot be built there.
+    than the prompt, and other masks.
+
+    In compiled models values of tensors are not known. There ``"sdpa"`` is also taken if an ``attention_mask`` is
+    given, with ``use_cache=False`` (transformers then looks for packed sequences), and if the number of tokens is
+    dynamic, as torch makes it when a second length comes, unless it compiles with ``dynamic=False``.
 
     >>> from transformers import MistralConfig, MistralModel
     >>> register()
@@ -123,21 +129,11 @@ def attention_mask(
     everything = mask_function is bidirectional_mask_function and options.get("local_size") is None
     if everything and attention_mask is None and options.get("allow_is_bidirectional_skip"):
         return None  # as in eager code; in graphs of older versions of torch "sdpa" makes a mask that masks nothing
-    # A graph can neither build masks nor look into functions.
-    compiling = torch.compiler.is_compiling()
-    window = None if compiling else sliding_window(mask_function)
-    reason = ""
-    if window is None:
-        reason = "the mask is no causal sliding window"
-    elif (q_length, q_offset, kv_offset) != (kv_length, 0, 0):
-        reason = f"{q_length} queries at {q_offset} and {kv_length} keys at {kv_offset} are not the same tokens"
-    elif window >= q_length:
-        reason = f"the window {window} is not smaller than the {q_length} tokens"
-    elif attention_mask is not None and not (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
-        reason = "tokens are padded"
-    if window is not None and not reason:
-        return _causal(q_length, window, device)
-    if not compiling:
+    window: Any = options.get("local_size")
+    reason = _obstacle(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, options)
+    if not reason:
+        return (_causal_in_graph if torch.compiler.is_compiling() else _causal)(q_length, window, device)
+    if not torch.compiler.is_compiling():
         log.debug("scaled_dot_product_attention instead of gna_flex: %s", reason)
     arguments = {} if mask_function is None else {"mask_function": mask_function}
     return sdpa_mask(
@@ -151,6 +147,37 @@ def attention_mask(
         **arguments,
         **options,
     )
+
+
+def _obstacle(
+    q_length: int,
+    kv_length: int,
+    q_offset: Any,
+    kv_offset: Any,
+    mask_function: Any,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> str:
+    """Why a mask is not, or not surely, that of a causal sliding window; empty if it is."""
+    if torch.compiler.is_compiling():
+        # Values of tensors are not known in a graph. transformers says that there are none in the mask_function by the
+        # first option, but for chunks, which it has where the config has their size.
+        chunks = getattr(options.get("config"), "attention_chunk_size", None)
+        if attention_mask is not None or chunks is not None or not options.get("allow_is_causal_skip"):
+            return "the mask depends on tensors"
+        for number in (q_length, kv_length, q_offset, kv_offset):
+            if isinstance(number, Tensor) or not has_static_value(number):
+                return "the tokens are not known when compiling"
+    window = fixed(options.get("local_size"))
+    if window is None or not is_sliding_window(mask_function, window):
+        return "the mask is no causal sliding window"
+    if (q_length, q_offset, kv_offset) != (kv_length, 0, 0):
+        return f"{q_length} queries at {q_offset} and {kv_length} keys at {kv_offset} are not the same tokens"
+    if window >= q_length:
+        return f"the window {window} is not smaller than the {q_length} tokens"
+    if attention_mask is not None and not (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
+        return "tokens are padded"
+    return ""
 
 
 _kept: dict[tuple[int, int, torch.device], GNABlockMask] = {}
@@ -167,37 +194,72 @@ def _causal(tokens: int, window: int, device: Any) -> GNABlockMask:
     return mask
 
 
-def sliding_window(mask_function: Any) -> int | None:
-    """The window of transformers' mask function of a causal sliding window, ``None`` for any other.
+def _causal_in_graph(tokens: int, window: int, device: Any) -> GNABlockMask:
+    """The mask of a causal sliding window in a compiled model."""
+    mask: GNABlockMask = getattr(masks_of_graphs, _name_in_graphs(fixed(tokens), fixed(window), device))
+    return mask
 
-    Functions are compared with the one that transformers makes, code and captured values: whatever is combined with the
-    window (packed sequences, blocks of an image) makes it another function.
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_in_graphs(tokens: int, window: int, device: Any) -> str:
+    """Where a graph finds its mask. It is called while torch compiles, and its answer becomes part of the graph."""
+    return keep_for_graphs(GNA.sliding_window(tokens, window, causal=True), torch.empty(0, device=device).device)
+
+
+class _Written:
+    """An index, or what a mask function computes from it, written down; the few operations that a window needs.
+
+    It works in graphs, too, where functions cannot be looked into and tensors have no values.
+    """
+
+    device = None
+
+    def __init__(self, text: Any) -> None:
+        self.text = text
+
+    def __sub__(self, other: Any) -> _Written:
+        return _Written(("-", self.text, _text(other)))
+
+    def __gt__(self, other: Any) -> _Written:
+        return _Written((">", self.text, _text(other)))
+
+    def __le__(self, other: Any) -> _Written:
+        return _Written(("<=", self.text, _text(other)))
+
+    def __and__(self, other: Any) -> _Written:
+        return _Written(("&", self.text, _text(other)))
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask function that decides by the value of an index")
+
+    def new_ones(self, shape: tuple[int, ...], dtype: torch.dtype) -> _Written:
+        """What conditions are combined with."""
+        return _Written(("ones", shape, dtype))
+
+    def to(self, device: Any) -> _Written:
+        """Itself."""
+        return self
+
+
+def _text(value: Any) -> Any:
+    return value.text if isinstance(value, _Written) else value
+
+
+def is_sliding_window(mask_function: Any, window: int) -> bool:
+    """Whether a mask function computes what transformers' own of a causal sliding window does.
+
+    Whatever is combined with the window (packed sequences, blocks of an image) makes it another function.
     """
     from transformers.masking_utils import sliding_window_causal_mask_function
 
-    windows = [value for value in _captured(mask_function) if type(value) is int]
-    if len(windows) != 1 or not _alike(mask_function, sliding_window_causal_mask_function(windows[0])):
-        return None
-    return windows[0]
-
-
-def _captured(function: Any) -> list[Any]:
-    """What a function captures, and what captured functions capture."""
-    if isinstance(function, tuple):
-        return [value for entry in function for value in _captured(entry)]
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return [value for cell in cells for value in _captured(cell)] if cells else [function]
-
-
-def _alike(ours: Any, theirs: Any) -> bool:
-    """Whether two functions have the same code and capture the same."""
-    if isinstance(theirs, tuple):
-        return isinstance(ours, tuple) and len(ours) == len(theirs) and all(map(_alike, ours, theirs))
-    if not hasattr(theirs, "__code__"):
-        return type(ours) is type(theirs) and bool(ours == theirs)
-    cells = [[cell.cell_contents for cell in getattr(f, "__closure__", None) or ()] for f in (ours, theirs)]
-    same = getattr(ours, "__code__", None) is theirs.__code__
-    return same and len(cells[0]) == len(cells[1]) and all(map(_alike, *cells))
+    if mask_function is None:
+        return False
+    indices = [_Written(name) for name in ("b", "h", "q", "k")]
+    try:
+        found = mask_function(*indices).text
+    except Exception:  # it does something else with indices
+        return False
+    return bool(found == sliding_window_causal_mask_function(window)(*indices).text)
 
 
 class Configured:
