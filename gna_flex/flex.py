@@ -9,7 +9,7 @@ import math
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,6 +63,11 @@ def in_tile_order(score_mod: ScoreMod | None, to_natural: Callable[[Tensor], Ten
         return score_mod(score, b, h, to_natural(q_idx), to_natural(kv_idx))
 
     return tiled_score_mod
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor to ask for a route with: of any shape, with memory for one number."""
+    return torch.empty(1, dtype=dtype, device=device).expand(*shape)
 
 
 def route_of(

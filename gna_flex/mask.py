@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from gna_flex import kernels
 from gna_flex.blocks import BlockLists, Relation, RowMajorRelation, TiledRelation, block_lists
-from gna_flex.flex import RoutedTuple, Tiles, full_width, route_of
+from gna_flex.flex import RoutedTuple, Tiles, full_width, route_of, stand_in
 from gna_flex.intervals import ceil_div, key_interval, query_interval
 from gna_flex.mask_mod import MaskMod, to_natural
 from gna_flex.neighborhood import GNA, Ints, as_int
@@ -185,7 +185,7 @@ class GNABlockMask(BlockMask):
         """
         heads = self.plan.heads or len(self.plan.gnas)
         query, key = (
-            torch.empty(1, dtype=dtype, device=self.device).expand(self.plan.batch or 1, heads, tokens, head_dim)
+            stand_in((self.plan.batch or 1, heads, tokens, head_dim), dtype, self.device)
             for tokens in self.plan.seq_lengths
         )
         return route_of(query, key, self, needs_grad=False, value=key)

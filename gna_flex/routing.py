@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from gna_flex import kernels
+
 ROUTES = ("hopper", "flex-tiles", "flex", "reference")
 """Routes in order of preference: CUDA kernel, compiled FlexAttention in tile order and in the given one, reference."""
 
@@ -51,6 +53,28 @@ class Facts(NamedTuple):
     capability: tuple[int, int] | None = None
     missing: str = ""
     foreign: str = ""
+
+
+def facts_on(device: torch.device, dtype: torch.dtype, head_dim: int, pairs: int) -> Facts:
+    """Facts of an eager call in inference on a device, with a mask for which tile order pays.
+
+    >>> obstacle_to("hopper", facts_on(torch.device("cpu"), torch.bfloat16, 128, 1 << 20))
+    'it needs an NVIDIA Hopper GPU, and the tensors are on cpu'
+    """
+    return Facts(
+        device=device.type,
+        dtype=dtype,
+        head_dim=head_dim,
+        pairs=pairs,
+        needs_grad=False,
+        wants_stats=False,
+        compiling=False,
+        has_tiles=True,
+        tiles_pay=True,
+        has_compiler=cpp_compiler() is not None,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        missing=kernels.missing(),
+    )
 
 
 class Route(NamedTuple):

@@ -21,6 +21,7 @@ from gna_flex.cuda.forward import Request, default_configs, estimated
 from gna_flex.cuda.kernel import HEAD_DIMS, SHARED_LIMIT, Config
 from gna_flex.cuda.tables import KernelTiles
 from gna_flex.presets import PRESETS
+from gna_flex.routing import facts_on
 
 GPU = "NVIDIA H200"
 REQUEST = Request((GNA((24, 40), (9, 12), text_last=30),), 128, float16=False, device=0)
@@ -447,7 +448,7 @@ def test_heads_have_to_fit_the_mask():
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused(change, message):
-    facts = tune.call_facts(torch.device("cpu"), torch.bfloat16, 128, 1 << 20, "")
+    facts = facts_on(torch.device("cpu"), torch.bfloat16, 128, 1 << 20)
     facts = facts._replace(device="cuda", capability=(9, 0), missing="")
     tune.require_kernel(facts)
     with pytest.raises(RuntimeError, match=message):

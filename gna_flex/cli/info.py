@@ -18,7 +18,7 @@ from gna_flex import kernels
 from gna_flex.cli.arguments import add_verb, output, print_json
 from gna_flex.cuda import jit
 from gna_flex.cuda.tune import tuned_entries
-from gna_flex.routing import ROUTES, Facts, cpp_compiler, obstacle_to
+from gna_flex.routing import ROUTES, cpp_compiler, facts_on, obstacle_to
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,19 +156,6 @@ def _version(package: str) -> str | None:
 
 def _routes(device: str) -> dict[str, dict[str, str]]:
     """Why a usual call (bfloat16, head dim 128) cannot take each route; empty if it can."""
-    call = Facts(
-        device=device.split(":")[0],
-        dtype=torch.bfloat16,
-        head_dim=128,
-        pairs=1 << 32,
-        needs_grad=False,
-        wants_stats=False,
-        compiling=False,
-        has_tiles=True,
-        tiles_pay=True,
-        has_compiler=cpp_compiler() is not None,
-        capability=torch.cuda.get_device_capability(device) if device.startswith("cuda") else None,
-        missing=kernels.missing(),
-    )
+    call = facts_on(torch.device(device), torch.bfloat16, head_dim=128, pairs=1 << 32)
     uses = {"inference": call, "training": call._replace(needs_grad=True)}
     return {route: {use: obstacle_to(route, facts) for use, facts in uses.items()} for route in ROUTES}

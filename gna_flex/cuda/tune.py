@@ -33,13 +33,13 @@ from gna_flex.cuda.tables import KernelTiles
 from gna_flex.flex import foreign_to_kernels
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
-from gna_flex.routing import Facts, obstacle_to
+from gna_flex.routing import Facts, facts_on, obstacle_to
 from gna_flex.words import by_x, plain_text, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-logger = logging.getLogger("gna_flex")
+log = logging.getLogger("gna_flex")
 
 Shapes = tuple[Config, KernelTiles]
 Result = tuple[Tensor, Tensor]
@@ -169,7 +169,8 @@ def tune(
     if not torch.cuda.is_available():
         raise RuntimeError("the hopper kernel is tuned on an NVIDIA Hopper GPU, and there is none")
     where = torch.device("cuda" if device is None else device)
-    require_kernel(call_facts(where, dtype, head_dim, batch * heads * gnas[0].tokens ** 2, foreign))
+    facts = facts_on(where, dtype, head_dim, batch * heads * gnas[0].tokens ** 2)
+    require_kernel(facts._replace(foreign=foreign))
     index = torch.cuda.current_device() if where.index is None else where.index
     request = Request(gnas, head_dim, dtype == torch.float16, index)
     with _lock:
@@ -186,24 +187,6 @@ def _gnas_of(mask_or_gna: GNABlockMask | GNA) -> tuple[tuple[GNA, ...], str]:
     if not isinstance(mask_or_gna, GNABlockMask):
         raise TypeError(f"mask_or_gna={mask_or_gna!r}: a GNA, or a mask from gna_mask")
     return mask_or_gna.plan.gnas, foreign_to_kernels(torch.empty(0), None, mask_or_gna, None, False, None)
-
-
-def call_facts(device: torch.device, dtype: torch.dtype, head_dim: int, pairs: int, foreign: str) -> Facts:
-    """What decides whether the kernel can take a call in inference."""
-    return Facts(
-        device=device.type,
-        dtype=dtype,
-        head_dim=head_dim,
-        pairs=pairs,
-        needs_grad=False,
-        wants_stats=False,
-        compiling=False,
-        has_tiles=False,
-        tiles_pay=False,
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        missing=kernels.missing(),
-        foreign=foreign,
-    )
 
 
 def require_kernel(facts: Facts) -> None:
@@ -314,7 +297,7 @@ def _checked_runs(
         except RuntimeError as error:
             if number == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            logger.warning("%s with %s is left out of tuning: %s", config, tiles, error)
+            log.warning("%s with %s is left out of tuning: %s", config, tiles, error)
         progress(number)
     return runs
 
@@ -409,7 +392,7 @@ def shapes_for(
     if found or os.environ.get("GNA_FLEX_AUTOTUNE", "0") in ("", "0"):
         return found or estimated(request)
     if capturing():
-        logger.debug("not tuned while a CUDA graph is captured: %s", request)
+        log.debug("not tuned while a CUDA graph is captured: %s", request)
         return estimated(request)
     with _lock:
         if found := read(path, request.head_dim):  # another thread was faster
@@ -418,9 +401,9 @@ def shapes_for(
         try:
             chosen = tuner(request).chosen
         except RuntimeError as error:  # such as too little memory beside a model
-            logger.warning("not tuned: %s", error)
+            log.warning("not tuned: %s", error)
             return estimated(request)
-        logger.info("tuned %s in %.1f s", request, time.perf_counter() - begin)
+        log.info("tuned %s in %.1f s", request, time.perf_counter() - begin)
         write(path, chosen)
     return chosen.config, chosen.tiles
 
@@ -453,7 +436,7 @@ def read(path: Path, head_dim: int) -> Shapes | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        logger.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
+        log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
         return None
 
 
@@ -479,7 +462,7 @@ def write(path: Path, chosen: Measurement) -> None:
         jit._require_own(os.stat(path.parent))
         jit._replace(path, json.dumps({"name": path.name, **asdict(chosen)}).encode())
     except OSError as error:
-        logger.warning("%s is not kept (%s): set GNA_FLEX_CACHE_DIR to a folder of your own", path, error)
+        log.warning("%s is not kept (%s): set GNA_FLEX_CACHE_DIR to a folder of your own", path, error)
 
 
 def tuned_entries() -> int:

@@ -17,7 +17,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from gna_flex.dynamo.graph import Body, Call, LeftAlone, bodies, read, where
 from gna_flex.dynamo.lists import agree
 from gna_flex.dynamo.report import CompiledCall, remember
-from gna_flex.flex import route_of
+from gna_flex.flex import route_of, stand_in
 from gna_flex.intervals import ceil_div
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA
@@ -151,7 +151,7 @@ class _Rewriter:
             self.masks[gnas] = gna_mask(gnas, device=call.query.device)
         mask = self.masks[gnas]
         query, key, value = (
-            torch.empty(1, dtype=call.dtype, device=x.device).expand([likely_int(size) or 1 for size in x.shape])
+            stand_in([likely_int(size) or 1 for size in x.shape], call.dtype, x.device)
             for x in (call.query, call.key, call.value)
         )
         try:
