@@ -155,6 +155,14 @@ def test_record_of_models(path):
         assert all(check["error"] <= check["budget"] < check["effect"] for check in case["checks"])
 
 
+def test_readme_begins_with_a_measurement():
+    case = next(case for case in load(FOLDER / "models_h100.json")["cases"] if case["model"] == "hunyuan-video")
+    _, dense, _, _, ours, _ = case["rows"]
+    seconds, before = (row["milliseconds"] / 1000 for row in (ours, dense))
+    said = f"takes {seconds:.1f} s with windows that keep {1 - ours['sparsity']:.0%} of the pairs, and {before:.1f} s"
+    assert said.replace("%", " %") in README
+
+
 @pytest.mark.parametrize("path", MODEL_RECORDS, ids=lambda path: path.stem)
 def test_readme_quotes_the_models(path):
     record = load(path)
