@@ -39,18 +39,6 @@ constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kVa
               kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
 
-// A stage of a ring of buffers, and the parity of its current phase.
-struct Stage {
-  int index;
-  u32 phase;
-  __device__ __forceinline__ void next(int stages) {
-    if (++index == stages) {
-      index = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes.
 __device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
   return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kColumns == 64 ? 1ull : 2ull) << 62;
@@ -69,13 +57,6 @@ __device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (
 #pragma unroll
   for (int i = 0; i < kKeys / 16; i++)
     mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], operand(v + i * 16 * kRowBytes, kKeyChunk, 8 * kRowBytes));
-}
-
-// The column of dimension 0 at which a head's dilation group starts.
-__device__ __forceinline__ int first_column(const Address& at, int head, const int (&group)[3]) {
-  int column = head * at.head_column;
-  if (DILATED) column += group[0] * at.group_column[0] + group[1] * at.group_column[1] + group[2] * at.group_column[2];
-  return column;
 }
 
 __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int column, int c1, int c2, int c3, int c4) {
@@ -126,46 +107,11 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
           barrier_arrive(r_full + 8 * R.index);
           break;
         }
-        // The item, and where its tokens are. Items of text, much the longest, come before all others.
-        int i = w, per_head = P.items_per_head, first = 0;
-        if (TEXT) {
-          if (w < P.text_total) per_head = P.text_items;
-          else i -= P.text_total, per_head -= P.text_items, first = P.text_items;
-        }
-        const int head = i / per_head, b = head / P.heads, h = head % P.heads, key_head = h / P.queries_per_key_head;
-        const int gna = P.gna_of_head ? P.gna_of_head[h] : 0;
-        const Item& I = P.items[gna * P.items_per_head + first + i % per_head];
-        const bool is_text = TEXT && I.kind;
-        int boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
-        if (TEXT)
-          for (int i = 0; i < 2; i++) {
-            W.text[i] = P.text_valid ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
-            boxes += (W.text[i] + box_keys - 1) / box_keys;
-          }
-        W.boxes = boxes, W.head = head, W.lengths = MAP_SETS > 1 ? I.lengths : 0, W.kind = I.kind, W.masked = I.masked;
-        W.column = first_column(P.o, h, I.group), W.windows = gna * P.window_rows;
-        W.token = is_text ? P.text_token[I.kind - 1] : P.grid_token;
-        if (DILATED) W.token += I.group[0] * P.group_stride[0] + I.group[1] * P.group_stride[1] + I.group[2] * P.group_stride[2];
-        W.key_head = key_head;
-        W.k_column = first_column(P.k, key_head, I.group), W.v_column = first_column(P.v, key_head, I.group);
-        W.k_place = key_head * P.k.head_place + b * P.k.batch_place, W.v_place = key_head * P.v.head_place + b * P.v.batch_place;
-        for (int d = 0; d < 3; d++) {
-          W.query[d] = I.query[d], W.key[d] = I.key[d], W.key_end[d] = I.key[d] + I.boxes[d] * P.keys[d];
-          W.full_begin[d] = I.key[d] + I.full_begin[d] * P.keys[d], W.full[d] = I.full[d] * P.keys[d];
-        }
+        const Queries queries = describe(W, P, w, box_keys);
         barrier_arrive(r_full + 8 * R.index);
 
         barrier_wait(q_empty + 8 * Q.index, Q.phase);
-        const int set = is_text ? MAP_SETS + I.kind - 1 : W.lengths, rows = is_text ? kRows : P.box[0] * P.box[1] * P.box[2];
-        const int column = first_column(P.q, h, I.group), place = h * P.q.head_place + b * P.q.batch_place;
-        barrier_expect(q_full + 8 * Q.index, kConsumers * rows * kRowBytes * kChunks);
-#pragma unroll 1
-        for (int i = 0; i < kConsumers * kChunks; i++) {
-          const int g = i % kConsumers, chunk = i / kConsumers;
-          tensor_load(base + kQueries + Q.index * kQueryBytes + chunk * kQueryChunk + g * kRows * kRowBytes, &maps.q[set], q_full + 8 * Q.index,
-                      column + chunk * kColumns, I.query[2] + g * (is_text ? kRows : P.beside[2]),
-                      I.query[1] + g * (is_text ? 0 : P.beside[1]), I.query[0] + g * (is_text ? 0 : P.beside[0]), place);
-        }
+        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kQueries + Q.index * kQueryBytes, q_full + 8 * Q.index, maps.q, queries, W.lengths, P);
       }
       // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
       if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
@@ -178,47 +124,26 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         const Work& W = work[R.index];
         const int boxes = W.boxes;
         if (boxes == 0) break;
-        // The key boxes of the grid in row-major order, then those of text.
-        int c0 = W.key[0], c1 = W.key[1], c2 = W.key[2], set = W.lengths;
-        auto advance = [&] {
-          if (TEXT && set >= MAP_SETS) {
-            if ((c2 += box_keys) >= W.text[0] && set == MAP_SETS) set++, c2 = 0;
-            return;
-          }
-          if ((c2 += P.keys[2]) != W.key_end[2]) return;
-          c2 = W.key[2];
-          if ((c1 += P.keys[1]) != W.key_end[1]) return;
-          c1 = W.key[1];
-          if ((c0 += P.keys[0]) != W.key_end[0]) return;
-          if (TEXT) set = MAP_SETS + (W.text[0] == 0), c0 = c1 = c2 = 0;
-        };
+        KeyWalk at(W);
         auto load_keys = [&] {
           barrier_wait(k_empty + 8 * K.index, K.phase);
-          const bool is_text = TEXT && set >= MAP_SETS;
-          if (is_text) {
-            const int count = min(W.text[set - MAP_SETS] - c2, box_keys);
-            key_boxes[K.index] = KeyBox{{count, 0, 0}, count == kKeys ? kNoMask : kCountMask};
-          } else {
-            const bool full = (u32)(c0 - W.full_begin[0]) < W.full[0] && (u32)(c1 - W.full_begin[1]) < W.full[1] &&
-                              (u32)(c2 - W.full_begin[2]) < W.full[2];
-            key_boxes[K.index] = KeyBox{{c0, c1, c2}, full ? kNoMask : kWindowMask};
-          }
+          key_boxes[K.index] = at.box(W, box_keys, kKeys);
           barrier_expect(k_full + 8 * K.index, key_bytes);
-          const int column = is_text ? W.key_head * P.k.head_column : W.k_column;
-          load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[set], k_full + 8 * K.index, column, c2, c1, c0, W.k_place);
+          const int column = at.is_text() ? W.key_head * P.k.head_column : W.k_column;
+          load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[at.set], k_full + 8 * K.index, column, at.c2, at.c1, at.c0, W.k_place);
           K.next(kKeyStages);
         };
         // Each box's values follow the next box's keys.
 #pragma unroll 1
         for (int j = 0; j <= boxes; j++) {
-          const int v0 = c0, v1 = c1, v2 = c2, v_set = set;
-          if (j > 0 && j < boxes) advance();
+          const KeyWalk last = at;
+          if (j > 0 && j < boxes) at.advance(W, P.keys, box_keys);
           if (j < boxes) load_keys();
           if (j == 0) continue;
           barrier_wait(v_empty + 8 * V.index, V.phase);
           barrier_expect(v_full + 8 * V.index, key_bytes);
-          const int column = TEXT && v_set >= MAP_SETS ? W.key_head * P.v.head_column : W.v_column;
-          load_box(base + kValues + V.index * kKeyBytes, &maps.v[v_set], v_full + 8 * V.index, column, v2, v1, v0, W.v_place);
+          const int column = last.is_text() ? W.key_head * P.v.head_column : W.v_column;
+          load_box(base + kValues + V.index * kKeyBytes, &maps.v[last.set], v_full + 8 * V.index, column, last.c2, last.c1, last.c0, W.v_place);
           V.next(kKeyStages);
         }
         barrier_arrive(r_empty + 8 * R.index);

@@ -3,7 +3,7 @@
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: s[4 g + 2 r + i] is row r, column 8 g + 2 (lane % 4) + i.
 // A mask has one bit for each column of a row that the thread holds, bit 2 g + i.
 #pragma once
-#include "hopper/records.cuh"
+#include "hopper/ptx.cuh"
 
 constexpr int kMaskWords = (kKeys / 4 + 31) / 32;
 #define MINUS_INFINITY (-__int_as_float(0x7f800000))

@@ -42,7 +42,7 @@ SMALLEST_SCALE = 2e-38
 
 
 class Address(ctypes.Structure):
-    """``Address`` of ``csrc/hopper/records.cuh``."""
+    """``Address`` of ``csrc/common/records.cuh``."""
 
     _fields_ = (
         ("head_column", ctypes.c_int),
@@ -54,7 +54,7 @@ class Address(ctypes.Structure):
 
 @functools.lru_cache(maxsize=16)
 def parameters(map_sets: int) -> type[ctypes.Structure]:
-    """``Params`` of ``csrc/hopper/records.cuh``."""
+    """``Params`` of ``csrc/common/records.cuh``."""
 
     class Params(ctypes.Structure):
         _fields_ = (

@@ -1,6 +1,6 @@
-// What the host tells the kernel. The same structures are in gna_flex/cuda/forward.py and tables.py.
+// What the host tells the kernels. The same structures are in gna_flex/cuda/forward.py and tables.py.
 #pragma once
-#include "hopper/ptx.cuh"
+#include "common/ptx.cuh"
 
 // One query tile. Positions are those inside of its dilation group; dimensions are (T, H, W), missing ones of length 1.
 struct Item {

@@ -1,0 +1,109 @@
+// Work items as both kernels walk them: what an item is, its key boxes, rings of buffers.
+#pragma once
+#include "common/records.cuh"
+
+// A stage of a ring of buffers, and the parity of its current phase.
+struct Stage {
+  int index;
+  u32 phase;
+  __device__ __forceinline__ void next(int stages) {
+    if (++index == stages) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// The column of dimension 0 at which a head's dilation group starts.
+__device__ __forceinline__ int first_column(const Address& at, int head, const int (&group)[3]) {
+  int column = head * at.head_column;
+  if (DILATED) column += group[0] * at.group_column[0] + group[1] * at.group_column[1] + group[2] * at.group_column[2];
+  return column;
+}
+
+// An item's record, and whose queries they are.
+struct Queries {
+  const Item& item;
+  int batch, head;
+  bool is_text;
+};
+
+// Item number w, and where its tokens are. Items of text, much the longest, come before all others.
+__device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int box_keys) {
+  int i = w, per_head = P.items_per_head, first = 0;
+  if (TEXT) {
+    if (w < P.text_total) per_head = P.text_items;
+    else i -= P.text_total, per_head -= P.text_items, first = P.text_items;
+  }
+  const int head = i / per_head, b = head / P.heads, h = head % P.heads, key_head = h / P.queries_per_key_head;
+  const int gna = P.gna_of_head ? P.gna_of_head[h] : 0;
+  const Item& I = P.items[gna * P.items_per_head + first + i % per_head];
+  const bool is_text = TEXT && I.kind;
+  int boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
+  if (TEXT)
+    for (int i = 0; i < 2; i++) {
+      W.text[i] = P.text_valid ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
+      boxes += (W.text[i] + box_keys - 1) / box_keys;
+    }
+  W.boxes = boxes, W.head = head, W.lengths = MAP_SETS > 1 ? I.lengths : 0, W.kind = I.kind, W.masked = I.masked;
+  W.column = first_column(P.o, h, I.group), W.windows = gna * P.window_rows;
+  W.token = is_text ? P.text_token[I.kind - 1] : P.grid_token;
+  if (DILATED) W.token += I.group[0] * P.group_stride[0] + I.group[1] * P.group_stride[1] + I.group[2] * P.group_stride[2];
+  W.key_head = key_head;
+  W.k_column = first_column(P.k, key_head, I.group), W.v_column = first_column(P.v, key_head, I.group);
+  W.k_place = key_head * P.k.head_place + b * P.k.batch_place, W.v_place = key_head * P.v.head_place + b * P.v.batch_place;
+  for (int d = 0; d < 3; d++) {
+    W.query[d] = I.query[d], W.key[d] = I.key[d], W.key_end[d] = I.key[d] + I.boxes[d] * P.keys[d];
+    W.full_begin[d] = I.key[d] + I.full_begin[d] * P.keys[d], W.full[d] = I.full[d] * P.keys[d];
+  }
+  return {I, b, h, is_text};
+}
+
+// Loads the queries of an item: boxes of at most kRows for kTiles tiles, which lie side by side in each chunk of columns.
+template <int kTiles, int kRows, int kColumns, int kChunks>
+__device__ __forceinline__ void load_queries(u32 to, u32 bar, const TensorMap* maps, const Queries& Q, int lengths, const Params& P) {
+  const Item& I = Q.item;
+  const int set = Q.is_text ? MAP_SETS + I.kind - 1 : lengths, rows = Q.is_text ? kRows : P.box[0] * P.box[1] * P.box[2];
+  const int column = first_column(P.q, Q.head, I.group), place = Q.head * P.q.head_place + Q.batch * P.q.batch_place;
+  barrier_expect(bar, kTiles * rows * 2 * kColumns * kChunks);
+#pragma unroll 1
+  for (int i = 0; i < kTiles * kChunks; i++) {
+    const int g = i % kTiles, chunk = i / kTiles;
+    tensor_load(to + (chunk * kTiles + g) * kRows * 2 * kColumns, &maps[set], bar, column + chunk * kColumns,
+                I.query[2] + g * (Q.is_text ? kRows : P.beside[2]), I.query[1] + g * (Q.is_text ? 0 : P.beside[1]),
+                I.query[0] + g * (Q.is_text ? 0 : P.beside[0]), place);
+  }
+}
+
+// The key boxes of an item: those of the grid in row-major order, then those of text.
+struct KeyWalk {
+  int c0, c1, c2, set;
+
+  __device__ __forceinline__ explicit KeyWalk(const Work& W) : c0(W.key[0]), c1(W.key[1]), c2(W.key[2]), set(W.lengths) {}
+
+  __device__ __forceinline__ bool is_text() const { return TEXT && set >= MAP_SETS; }
+
+  __device__ __forceinline__ void advance(const Work& W, const int (&keys)[3], int box_keys) {
+    if (is_text()) {
+      if ((c2 += box_keys) >= W.text[0] && set == MAP_SETS) set++, c2 = 0;
+      return;
+    }
+    if ((c2 += keys[2]) != W.key_end[2]) return;
+    c2 = W.key[2];
+    if ((c1 += keys[1]) != W.key_end[1]) return;
+    c1 = W.key[1];
+    if ((c0 += keys[0]) != W.key_end[0]) return;
+    if (TEXT) set = MAP_SETS + (W.text[0] == 0), c0 = c1 = c2 = 0;
+  }
+
+  // The box, and the mask that it needs in a slot of `slot` keys.
+  __device__ __forceinline__ KeyBox box(const Work& W, int box_keys, int slot) const {
+    if (is_text()) {
+      const int count = min(W.text[set - MAP_SETS] - c2, box_keys);
+      return KeyBox{{count, 0, 0}, count == slot ? kNoMask : kCountMask};
+    }
+    const bool full = (u32)(c0 - W.full_begin[0]) < W.full[0] && (u32)(c1 - W.full_begin[1]) < W.full[1] &&
+                      (u32)(c2 - W.full_begin[2]) < W.full[2];
+    return KeyBox{{c0, c1, c2}, full ? kNoMask : kWindowMask};
+  }
+};
