@@ -1,19 +1,14 @@
 """The Hopper kernel as machine code, without a GPU: registers, spills, shared memory, layouts, instructions."""
 
-import ctypes
 import functools
-import importlib.metadata
 import os
-import re
-import shutil
-import subprocess
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from machine_code import disassembler, kinds, layout_checks, opcodes
 
-from gna_flex.cuda import forward, jit, tables
+from gna_flex.cuda import forward, jit
 from gna_flex.cuda.kernel import HEAD_DIMS, SHARED_LIMIT, Config
 
 pytest.importorskip("cuda.bindings")
@@ -81,17 +76,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @functools.cache
 def built(config: Config) -> jit.Cubin:
     """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
-    facts = {"kSharedBytes": config.shared_bytes, "sizeof(Item)": 4 * tables.COLUMNS}
-    facts["sizeof(Maps)"] = 128 * 4 * (config.map_sets + 2 * config.text)
-    for name, structure in (("Params", forward.parameters(config.map_sets)), ("Address", forward.Address)):
-        facts[f"sizeof({name})"] = ctypes.sizeof(structure)
-        for field, *_ in structure._fields_:
-            # What offsetof stands for; older versions of the compiler have no builtin for it.
-            facts[f"__INTADDR__(&((({name}*)0)->{field}))"] = getattr(structure, field).offset
-    checks = [f'static_assert({fact} == {value}, "Python has {value}");\n' for fact, value in facts.items()]
     source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
     return jit.compile(
-        source + "\n" + "".join(checks),
+        source + layout_checks(config.shared_bytes, config.map_sets, config.text),
         defines=config.defines(),
         name="hopper_forward.cu",
         include=jit.headers() | {"hopper/generated.cuh": config.generated_header()},
@@ -137,34 +124,10 @@ def test_what_is_not_possible_does_not_compile(config, words):
         jit.compile(source, defines=config.defines(), include=include)
 
 
-def disassembler() -> str | None:
-    """nvdisasm: of its package, or of a CUDA toolkit."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = [str(file.locate()) for file in files if file.name.startswith("nvdisasm")]
-    return found[0] if found else shutil.which("nvdisasm")
-
-
-@functools.cache
-def opcodes(config: Config, folder: Path) -> list[str]:
-    """Instructions in the order of the code, without predicates and operands."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(built(config).code)
-    command = [disassembler(), "-c", str(path)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", code, re.MULTILINE)
-
-
-def kinds(names: list[str]) -> Counter[str]:
-    return Counter(name.partition(".")[0] for name in names)
-
-
 @pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")
 @configs
 def test_instructions(config, tmp_path):
-    names = opcodes(config, tmp_path)
+    names = opcodes(built(config).code, tmp_path)
     products = [place for place, name in enumerate(names) if name.startswith("HGMMA")]
     # Consumers: from where they take registers to where they store the output.
     ends = [place for place, name in enumerate(names) if name.startswith(("USETMAXREG.TRY_ALLOC", "UTMASTG"))]

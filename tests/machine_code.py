@@ -1,0 +1,49 @@
+"""What the tests of both CUDA kernels' machine code share: layouts that Python relies on, and instructions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+from gna_flex.cuda import forward, tables
+
+
+def layout_checks(shared_bytes: int, map_sets: int, text: bool) -> str:
+    """Assertions that the compiler itself checks: sizes and offsets of what the host fills in."""
+    facts = {"kSharedBytes": shared_bytes, "sizeof(Item)": 4 * tables.COLUMNS}
+    facts["sizeof(Maps)"] = 128 * 4 * (map_sets + 2 * text)
+    for name, structure in (("Params", forward.parameters(map_sets)), ("Address", forward.Address)):
+        facts[f"sizeof({name})"] = ctypes.sizeof(structure)
+        for field, *_ in structure._fields_:
+            # What offsetof stands for; older versions of the compiler have no builtin for it.
+            facts[f"__INTADDR__(&((({name}*)0)->{field}))"] = getattr(structure, field).offset
+    return "\n" + "".join(f'static_assert({fact} == {value}, "Python has {value}");\n' for fact, value in facts.items())
+
+
+@functools.cache
+def disassembler() -> str | None:
+    """nvdisasm: of its package, or of a CUDA toolkit."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [str(file.locate()) for file in files if file.name.startswith("nvdisasm")]
+    return found[0] if found else shutil.which("nvdisasm")
+
+
+def opcodes(code: bytes, folder: Path) -> list[str]:
+    """Instructions in the order of the code, without predicates and operands."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(code)
+    text = subprocess.run([disassembler(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", text, re.MULTILINE)
+
+
+def kinds(names: list[str]) -> Counter[str]:
+    return Counter(name.partition(".")[0] for name in names)

@@ -1,0 +1,198 @@
+"""The Blackwell kernel as machine code, without a GPU: registers, spills, shared memory, layouts, instructions.
+
+Nothing here shows that it computes the right thing; it has never run.
+"""
+
+import functools
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from machine_code import disassembler, kinds, layout_checks, opcodes
+
+from gna_flex.cuda import jit
+from gna_flex.cuda.blackwell import ARCHITECTURES, HEAD_DIMS, THREADS, BlackwellConfig
+from gna_flex.cuda.kernel import SHARED_LIMIT
+
+pytest.importorskip("cuda.bindings")
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+try:
+    nvrtc.nvrtcVersion()
+except RuntimeError as error:
+    pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
+
+REGISTERS = 128
+"""Registers of a thread with which a CTA starts: all that a multiprocessor has."""
+SPILLED_BYTES = 0
+STEP_INSTRUCTIONS = {128: 450, 96: 350}
+"""Most instructions of a softmax step without a mask, by keys of a slot: scores in, weights out, and their sum.
+
+Of the 1024 that a scheduler issues while the tensor cores compute a step at head dim 128, each of its two softmax warps
+takes this many.
+"""
+MASK_INSTRUCTIONS = {128: 170, 96: 130}
+"""Most instructions that applying a mask adds to a step: one for each score, and few more."""
+
+
+def stages(head_dim: int) -> int:
+    return 3 if head_dim == 128 else 6
+
+
+CONFIGS = [
+    *(BlackwellConfig(head_dim, key_stages=stages(head_dim)) for head_dim in HEAD_DIMS),
+    *(BlackwellConfig(head_dim, key_stages=stages(head_dim), text=True) for head_dim in HEAD_DIMS),
+    *(BlackwellConfig(d, key_stages=stages(d), dilated=True, text=True, map_sets=9) for d in (64, 128)),
+    *(BlackwellConfig(d, key_stages=stages(d), float16=True, dilated=True, map_sets=3) for d in (64, 128)),
+    *(BlackwellConfig(d, key_stages=stages(d), polynomial=2, text=True) for d in (64, 128)),
+    BlackwellConfig(128, keys=96, key_stages=4, text=True),
+]
+
+
+def name_of(config: BlackwellConfig) -> str:
+    parts = [f"d{config.head_dim}", f"k{config.keys}", *([f"m{config.map_sets}"] if config.dilated else [])]
+    parts += ["text"] * config.text + ["f16"] * config.float16 + [f"p{config.polynomial}"] * (config.polynomial > 0)
+    return "-".join(parts)
+
+
+configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for all tests and all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", str(folder / "kernels"))
+
+
+def source() -> str:
+    return (jit.source_folder() / "blackwell" / "forward.cu").read_text()
+
+
+@functools.cache
+def built(config: BlackwellConfig, arch: str = "sm_100a") -> jit.Cubin:
+    """The kernel, plus what the compiler itself checks: sizes and offsets that Python relies on."""
+    text = source() + layout_checks(config.shared_bytes, config.map_sets, config.text)
+    return jit.compile(text, arch=arch, defines=config.defines(), name="blackwell_forward.cu")
+
+
+@configs
+def test_registers_and_spills(config):
+    log = built(config).log
+    (usage,) = jit.resource_usage(log)
+    assert usage.registers * THREADS <= 1 << 16
+    assert usage.registers == REGISTERS
+    assert usage.shared == 0, "all of it is asked for at the launch"
+    assert jit.spills(log) <= SPILLED_BYTES
+    assert jit.performance_warnings(log) == []
+    assert config.shared_bytes <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_all_architectures(arch, head_dim):
+    cubin = built(BlackwellConfig(head_dim, key_stages=stages(head_dim), text=True), arch)
+    assert cubin.arch == arch
+    assert jit.spills(cubin.log) <= SPILLED_BYTES
+    assert f"for '{arch}'" in cubin.log
+
+
+def test_older_architectures_refuse_it():
+    with pytest.raises(jit.CompileError, match="tcgen05"):
+        built(BlackwellConfig(128), "sm_90a")
+
+
+def test_python_and_cuda_agree_or_it_does_not_compile():
+    """The checks of :func:`built` are no empty words."""
+    config = BlackwellConfig(128)
+    wrong = source() + layout_checks(config.shared_bytes + 16, 1, text=False)
+    with pytest.raises(jit.CompileError, match=f"Python has {config.shared_bytes + 16}"):
+        jit.compile(wrong, arch="sm_100a", defines=config.defines())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BlackwellConfig(40), "head dims are multiples of 32"),
+        (BlackwellConfig(192), "multiples of 32 up to 128"),
+        (BlackwellConfig(128, keys=112), "slots of keys have 32, 64, 96 or 128 rows"),
+        (BlackwellConfig(128, keys=160), "slots of keys have 32, 64, 96 or 128 rows"),
+        (BlackwellConfig(128, key_stages=2), "keys before and after them"),
+        (BlackwellConfig(128, key_stages=4), "too much shared memory"),
+        (BlackwellConfig(128, output_stages=0), "output leaves through shared memory"),
+        (BlackwellConfig(128, polynomial=9), "a share of 8 pairs"),
+    ],
+    ids=["head-dim", "large-head", "keys", "many-keys", "stages", "memory", "outputs", "polynomial"],
+)
+def test_what_is_not_possible_does_not_compile(config, words):
+    with pytest.raises(jit.CompileError, match=words):
+        jit.compile(source(), arch="sm_100a", defines=config.defines())
+
+
+@pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")
+@configs
+def test_instructions(config, tmp_path):
+    names = opcodes(built(config).code, tmp_path)
+    count = kinds(names)
+    assert {name for name in names if name.startswith(("UTMALDG", "UTMASTG"))} == {"UTMALDG.5D", "UTMASTG.5D"}
+    assert not count["LDGSTS"] + count["HMMA"]
+    assert not count["LDL"] + count["STL"], "something spills"
+    # Softmax takes registers, correction and the others give some: in this order, once each.
+    turns = [name for name in names if name.startswith("USETMAXREG")]
+    assert [name.split(".")[1] for name in turns] == ["TRY_ALLOC", "DEALLOC", "DEALLOC"]
+    first, second, third = (i for i, name in enumerate(names) if name.startswith("USETMAXREG"))
+    softmax, correction, others = names[first:second], names[second:third], names[third:]
+    # Per box and tile: one multiplication for 16 columns of the head dim (also of the first box), one for 16 keys.
+    assert kinds(others)["UTCHMMA"] == 2 * (2 * config.head_dim // 16 + config.keys // 16)
+    assert not kinds(softmax + correction)["UTCHMMA"]
+    assert kinds(softmax)["LDTM"] == kinds(softmax)["STTM"] == config.keys // 32
+    # Output: read and written to rescale it, and read at the end; the compiler may copy these loops over the two tiles.
+    fragments, written = config.head_dim // 32, kinds(correction)["STTM"]
+    assert written in (fragments, 2 * fragments)
+    assert kinds(correction)["LDTM"] - written in (fragments, 2 * fragments)
+    assert not kinds(others)["LDTM"] + kinds(others)["STTM"]
+    # Exponentials: of each score but the polynomial's, and of the change of the maximum.
+    by_polynomial = (config.keys // 32 - 2) * 4 * config.polynomial
+    exponentials = Counter(softmax)["MUFU.EX2"]
+    assert exponentials == config.keys + 1 - by_polynomial
+    # One step: from the scores that come in to the last weight or sum.
+    step = softmax[next(i for i, name in enumerate(softmax) if name.startswith("LDTM")) :]
+    step = step[: max(i for i, name in enumerate(step) if name.startswith(("STTM", "FADD2"))) + 1]
+    masks = kinds(step)["SEL"] + kinds(step)["FSEL"] + kinds(step)["R2P"] + kinds(step)["LOP3"]
+    polynomial = by_polynomial * 6
+    assert config.keys <= masks <= MASK_INSTRUCTIONS[config.keys]
+    assert len(step) - masks - polynomial <= STEP_INSTRUCTIONS[config.keys]
+    assert kinds(step)["FFMA2"] >= config.keys // 2, "two scores at a time"
+    assert kinds(step)["FMNMX3"] >= config.keys // 2 - 2, "three at a time"
+
+
+def test_exponentials_by_polynomial():
+    """The kernel's formula, with its constants, in float32, is far more exact than 16-bit floats."""
+    text = (jit.source_folder() / "blackwell" / "softmax.cuh").read_text()
+    body = text[text.index("void exp2_polynomial") : text.index("// Running maximum")]
+    constants = [np.float32(x) for x in re.findall(r"pair\(([-\d.]+)f, \1f\)", body)]
+    shift, unshift, minus, *cubic = constants
+    assert (unshift, minus) == (-shift, -1)
+    x = np.concatenate([np.linspace(-20, 8, 100_001), np.arange(-126, 9)]).astype(np.float32)
+    # Rounding down: the sum is a whole number of float32's steps, which are 1 here.
+    shifted = (np.floor(x.astype(np.float64)) + shift).astype(np.float32)
+    rest = x - (shifted + unshift)
+    assert rest.min() >= 0
+    assert rest.max() < 1
+    value = cubic[0]
+    for c in cubic[1:]:
+        value = value * rest + c
+    bits = (shifted.view(np.int32) << 23) + value.astype(np.float32).view(np.int32)
+    exact = np.exp2(x.astype(np.float64))
+    error = np.abs(bits.view(np.float32) - exact) / exact
+    assert error.max() < 1e-4
+    assert len(cubic) == 4
+
+
+def test_no_two_configurations_are_the_same():
+    assert len(set(CONFIGS)) == len(CONFIGS)
+    assert {config.head_dim for config in CONFIGS} == set(HEAD_DIMS)
+    assert replace(CONFIGS[0], bounded_waits=1 << 20).defines()["BOUNDED_WAITS"] == 1 << 20
