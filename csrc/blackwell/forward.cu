@@ -153,7 +153,7 @@ __device__ __forceinline__ void multiply(const Cta& C) {
 #pragma unroll
     for (int i = 0; i < kKeys / 16; i++)
       mma_memory(C.memory + kOutput + tile * kTileColumns, C.memory + kWeights + tile * kTileColumns + 8 * i,
-                 operand(values + i * 16 * kRowBytes, kKeyChunk, 8 * kRowBytes, kRowBytes), values_shape, accumulate || i != 0);
+                 operand(values + i * 16 * kRowBytes, kChunks > 1 ? kKeyChunk : 0, 8 * kRowBytes, kRowBytes), values_shape, accumulate || i != 0);
   };
   for (;; R.next(kRecords), Q.next(1)) {
     const int boxes = C.item(R).boxes;
