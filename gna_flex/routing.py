@@ -135,6 +135,13 @@ _REASONS = {
 }
 
 
+_OTHER_CAPABILITIES = {
+    10: "; the kernel for Blackwell compiles but has never been run, so calls are not routed to it",
+    12: ", for which there is no kernel",
+}
+"""What more there is to say of newer GPUs, by major compute capability."""
+
+
 def obstacle_to(name: str, facts: Facts) -> str:
     """Why a route cannot take a call; empty if it can."""
     if name == "hopper":
@@ -176,7 +183,8 @@ def _kernel_obstacle(facts: Facts) -> str:
         return f"it needs an NVIDIA Hopper GPU, and the tensors are on {facts.device}"
     if facts.capability != (9, 0):
         major, minor = facts.capability
-        return f"it is written for compute capability 9.0, and this GPU has {major}.{minor}"
+        more = _OTHER_CAPABILITIES.get(major, "")
+        return f"it is written for compute capability 9.0, and this GPU has {major}.{minor}{more}"
     if facts.missing:
         return facts.missing
     if facts.backend != "AUTO":

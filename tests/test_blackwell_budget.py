@@ -27,11 +27,10 @@ except RuntimeError as error:
 REGISTERS = 128
 """Registers of a thread with which a CTA starts: all that a multiprocessor has."""
 SPILLED_BYTES = 0
-STEP_INSTRUCTIONS = {128: 450, 96: 350}
+STEP_INSTRUCTIONS = {128: 440, 96: 340}
 """Most instructions of a softmax step without a mask, by keys of a slot: scores in, weights out, and their sum.
 
-Of the 1024 that a scheduler issues while the tensor cores compute a step at head dim 128, each of its two softmax warps
-takes this many.
+At head dim 128 a warp has 1024 issue slots while the tensor cores work on its step.
 """
 MASK_INSTRUCTIONS = {128: 170, 96: 130}
 """Most instructions that applying a mask adds to a step: one for each score, and few more."""
