@@ -197,8 +197,14 @@ def test_explain_tells_what_a_call_would_do(options, words):
 AGAINST_HOPPER = {
     # why the kernel for Hopper cannot take a call: (what is different, words)
     "another-device": ({"device": "xpu", "capability": None}, "needs an NVIDIA Hopper GPU, and the tensors are on xpu"),
-    "newer": ({"capability": (10, 0)}, "compute capability 9.0, and this GPU has 10.0; the kernel for Blackwell compiles"),
-    "never-run": ({"capability": (10, 3)}, "this GPU has 10.3; the kernel for Blackwell compiles but has never been run"),
+    "newer": (
+        {"capability": (10, 0)},
+        "compute capability 9.0, and this GPU has 10.0; the kernel for Blackwell compiles",
+    ),
+    "never-run": (
+        {"capability": (10, 3)},
+        "this GPU has 10.3; the kernel for Blackwell compiles but has never been run",
+    ),
     "newest": ({"capability": (12, 1)}, "compute capability 9.0, and this GPU has 12.1, for which there is no kernel"),
     "amd": ({"capability": (9, 4)}, "compute capability 9.0, and this GPU has 9.4"),
     "older": ({"capability": (8, 9)}, "compute capability 9.0, and this GPU has 8.9"),

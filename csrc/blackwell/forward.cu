@@ -3,7 +3,8 @@
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a slot), KEY_STAGES (slots of keys or values),
 // OUTPUT_STAGES (slots of one tile's output, one chunk of columns), POLYNOMIAL (of 8 pairs of exponentials in the middle,
-// those computed without the unit for them), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// those computed without the unit for them), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT
+// (whether there may be text), BOUNDED_WAITS (debug).
 //
 // One CTA has two tiles of at most 128 queries, boxes that lie side by side and share the key boxes. Its warps have roles:
 //   0-3, 4-7  softmax of tile 0 and of tile 1: a thread owns a row. They apply masks and write the log-sum-exp.
@@ -140,20 +141,25 @@ __device__ __forceinline__ void multiply(const Cta& C) {
   Stage R{0, 0}, Q{0, 0}, K{0, 0}, S{0, 0};
   auto slot = [&] { return C.base + kRing + K.index * kKeyBytes; };
   auto issue_scores = [&](int tile, u32 keys) {
+    u32 q = C.base + kQueries + tile * kRows * kRowBytes;
+    asm volatile("" : "+r"(q));  // else all operands are kept in registers, too many for this warp
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
       const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
-      const u32 q = C.base + kQueries + chunk * kQueryChunk + tile * kRows * kRowBytes + within;
-      mma_shared(C.memory + kScores + tile * kTileColumns, operand(q, 16, 8 * kRowBytes, kRowBytes),
+      mma_shared(C.memory + kScores + tile * kTileColumns,
+                 operand(q + chunk * kQueryChunk + within, 16, 8 * kRowBytes, kRowBytes),
                  operand(keys + chunk * kKeyChunk + within, 16, 8 * kRowBytes, kRowBytes), scores_shape, i != 0);
     }
     mma_commit(C.bar(s_full + tile));
   };
   auto issue_values = [&](int tile, u32 values, bool accumulate) {
+    u32 weights = C.memory + kWeights + tile * kTileColumns;
+    asm volatile("" : "+r"(weights));
 #pragma unroll
     for (int i = 0; i < kKeys / 16; i++)
-      mma_memory(C.memory + kOutput + tile * kTileColumns, C.memory + kWeights + tile * kTileColumns + 8 * i,
-                 operand(values + i * 16 * kRowBytes, kChunks > 1 ? kKeyChunk : 0, 8 * kRowBytes, kRowBytes), values_shape, accumulate || i != 0);
+      mma_memory(C.memory + kOutput + tile * kTileColumns, weights + 8 * i,
+                 operand(values + i * 16 * kRowBytes, kChunks > 1 ? kKeyChunk : 0, 8 * kRowBytes, kRowBytes), values_shape,
+                 accumulate || i != 0);
   };
   for (;; R.next(kRecords), Q.next(1)) {
     const int boxes = C.item(R).boxes;
