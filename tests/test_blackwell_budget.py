@@ -121,7 +121,7 @@ def test_python_and_cuda_agree_or_it_does_not_compile():
         (BlackwellConfig(192), "multiples of 32 up to 128"),
         (BlackwellConfig(128, keys=112), "slots of keys have 32, 64, 96 or 128 rows"),
         (BlackwellConfig(128, keys=160), "slots of keys have 32, 64, 96 or 128 rows"),
-        (BlackwellConfig(128, key_stages=2), "keys before and after them"),
+        (BlackwellConfig(128, key_stages=1), "values and the next keys"),
         (BlackwellConfig(128, key_stages=4), "too much shared memory"),
         (BlackwellConfig(128, output_stages=0), "output leaves through shared memory"),
         (BlackwellConfig(128, polynomial=9), "a share of 8 pairs"),

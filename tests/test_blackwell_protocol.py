@@ -43,11 +43,17 @@ def test_every_order_ends_well():
 
 @pytest.mark.parametrize(
     ("key_stages", "output_stages", "chunks", "items", "boxes"),
-    [(3, 2, 1, 1, 3), (6, 2, 1, 1, 2), (4, 1, 2, 1, 2), (3, 2, 3, 1, 1), (3, 2, 1, 2, 1)],
+    [(2, 2, 1, 1, 3), (6, 2, 1, 1, 2), (4, 1, 2, 1, 2), (3, 2, 3, 1, 1), (3, 2, 1, 2, 1)],
 )
 def test_other_sizes(key_stages, output_stages, chunks, items, boxes):
     sizes = parse(SOURCE, key_stages, output_stages, chunks, items, boxes)
     assert explore(sizes, programs(sizes)) > 10_000
+
+
+def test_one_slot_of_keys_or_values_is_too_few():
+    sizes = parse(SOURCE, key_stages=1, output_stages=2, chunks=1)
+    with pytest.raises(ProtocolError, match="all wait for each other"):
+        explore(sizes, programs(sizes))
 
 
 def changed(role: Program, kind: str, barrier: str) -> Iterator[Op]:

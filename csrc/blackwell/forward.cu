@@ -28,7 +28,7 @@ constexpr int kSoftmaxRegisters = 184, kCorrectionRegisters = 96, kOtherRegister
 static_assert(2 * kSoftmaxRegisters + kCorrectionRegisters + kOtherRegisters <= 512, "a multiprocessor has 64 K registers");
 static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128, "head dims are multiples of 32 up to 128; pad others");
 static_assert(kKeys % 32 == 0 && kKeys <= 128, "slots of keys have 32, 64, 96 or 128 rows");
-static_assert(kKeyStages >= 3, "values, and keys before and after them, are in use at once");
+static_assert(kKeyStages >= 2, "values and the next keys are in use at once");
 static_assert(kOutputStages >= 1, "output leaves through shared memory");
 static_assert(kPolynomial >= 0 && kPolynomial <= 8, "a share of 8 pairs");
 
