@@ -46,10 +46,10 @@ def random_box(rng: random.Random, most: int) -> tuple[int, int, int]:
     return tuple(sides)
 
 
-def random_tiles(rng: random.Random) -> KernelTiles:
+def random_tiles(rng: random.Random, rows: int = 64) -> KernelTiles:
     slots = rng.choice([16, 32, 48, 64, 96, 128, 160])
-    box = rng.choice([(1, 1, 61), (1, 6, 7), (3, 3, 7), *(random_box(rng, rng.choice([64, 8])) for _ in range(5))])
-    return KernelTiles(box, rng.randint(1, 4), rng.randint(0, 2), random_box(rng, slots), slots)
+    box = rng.choice([(1, 1, 61), (1, 6, 7), (3, 3, 7), *(random_box(rng, rng.choice([rows, 8])) for _ in range(5))])
+    return KernelTiles(box, rng.randint(1, 4), rng.randint(0, 2), random_box(rng, slots), slots, rows)
 
 
 def product(*axes: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ class Kernel:
 
     def text_rows(self, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first = record[KIND] == 1
-        place = record[2] + np.arange(64 * self.tiles.groups)
+        place = record[2] + np.arange(self.tiles.rows * self.tiles.groups)
         place = place[place < (self.gna.text_first if first else self.gna.text_last)]
         rows = np.stack([0 * place, 0 * place, place], axis=1)
         return rows, place + (0 if first else self.gna.text_first + self.gna.grid_tokens)
@@ -130,6 +130,13 @@ def test_every_pair_is_met_exactly_once(seed):
     rng = random.Random(seed)
     for _ in range(40):
         assert_exact(random_gna(rng, text=TEXT), random_tiles(rng))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_pair_is_met_exactly_once_by_larger_tiles(seed):
+    rng = random.Random(seed)
+    for _ in range(40):
+        assert_exact(random_gna(rng, text=(0, 5, 150, 300)), random_tiles(rng, rows=128))
 
 
 @given(st.randoms(use_true_random=False))
@@ -277,6 +284,8 @@ def test_sixteen_million_tokens_take_no_time():
         ({"kv_tile": (1, 8, 17)}, "kv_slots=128"),
         ({"kv_slots": 100}, "kv_slots=100"),
         ({"kv_slots": 0}, "kv_slots=0"),
+        ({"rows": 96}, "rows=96 must be 64 or 128"),
+        ({"rows": 128, "box": (1, 8, 17)}, "136 queries; a warpgroup holds 128"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

@@ -224,6 +224,7 @@ DAMAGED = {
     "unknown field": lambda: changed(power=9),
     "no such keys": lambda: changed(keys=208),
     "keys that do not fit the tiles": lambda: changed(kv_slots=128, kv_tile=[1, 8, 16]),
+    "tiles of another kernel": lambda: changed(rows=128),
     "another head dim": lambda: changed(head_dim=64),
     "more stages than memory": lambda: changed(query_stages=9),
     "debugging": lambda: changed(bounded_waits=1),

@@ -24,7 +24,7 @@ Dim = tuple[int, int, int, int, bool]
 """Length, window, stride, dilation and causality of one dimension."""
 
 ROWS = 64
-"""Query rows of one warpgroup, and tokens in its box of text."""
+"""Query rows of one warpgroup of the Hopper kernel, and tokens in its box of text."""
 MAX_SIDE = 256
 """Longest side of a box that a tensor map can describe."""
 COLUMNS = 24
@@ -42,11 +42,12 @@ class KernelTiles:
     """Shapes of one kernel launch: boxes of queries and of keys, in tokens of one dilation group.
 
     Args:
-        box: queries of one warpgroup per dimension, at most 64 together.
+        box: queries of one warpgroup per dimension, at most ``rows`` together.
         groups: warpgroups that share their key boxes, 1 to 4.
         split: dimension along which the boxes of the warpgroups lie side by side.
         kv_tile: keys of one key box per dimension, at most ``kv_slots`` together and 256 per side.
         kv_slots: key rows of one shared-memory slot, a multiple of 16 up to 256.
+        rows: query rows of one warpgroup, and tokens in its box of text: 64, or the 128 of the Blackwell kernel.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -60,13 +61,16 @@ class KernelTiles:
     split: int
     kv_tile: Triple
     kv_slots: int
+    rows: int = ROWS
 
     def __post_init__(self) -> None:
         for name, value in (("box", self.box), ("kv_tile", self.kv_tile)):
             if len(value) != 3 or min(value) < 1:
                 raise ValueError(f"{name}={value}: three sides of at least 1 are needed")
-        if math.prod(self.box) > ROWS:
-            raise ValueError(f"box={self.box} has {math.prod(self.box)} queries; a warpgroup holds {ROWS}")
+        if self.rows not in (64, 128):
+            raise ValueError(f"rows={self.rows} must be 64 or 128")
+        if math.prod(self.box) > self.rows:
+            raise ValueError(f"box={self.box} has {math.prod(self.box)} queries; a warpgroup holds {self.rows}")
         if not 1 <= self.groups <= 4:
             raise ValueError(f"groups={self.groups} must be 1 to 4")
         if self.split not in range(3):
@@ -176,7 +180,7 @@ def work_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
     1 text before, 2 text after it; 20 whether any box needs the mask; 21:24 zero.
     A box needs no mask if its index is free in every dimension.
 
-    A text item holds ``64 * groups`` consecutive text tokens, from column 2 on, and visits the undivided grid. Boxes
+    A text item holds ``rows * groups`` consecutive text tokens, from column 2 on, and visits the undivided grid. Boxes
     of text keys are not listed. Text items come first, then dilation groups, then tiles in row-major order; with a
     causal dimension the items of the grid are sorted by their number of boxes, longest first.
 
@@ -242,7 +246,7 @@ def _product(columns: np.ndarray) -> np.ndarray:
 
 def _text_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
     """Items of the text queries: each sees the whole grid, which is never divided for them."""
-    starts = [np.arange(0, count, ROWS * tiles.groups) for count in (gna.text_first, gna.text_last)]
+    starts = [np.arange(0, count, tiles.rows * tiles.groups) for count in (gna.text_first, gna.text_last)]
     records = np.zeros((sum(map(len, starts)), COLUMNS), np.int32)
     records[:, 2] = np.concatenate(starts)
     records[:, BOXES], records[:, FREE_BOXES] = _plain_boxes(gna, tiles)
@@ -282,7 +286,7 @@ def count(gna: GNA, tiles: KernelTiles) -> Count:
     """
     axes = [_axis_boxes(dim, tiles, axis)[1] for axis, dim in enumerate(padded_dims(gna))]
     plain, plain_free = map(math.prod, _plain_boxes(gna, tiles))
-    text_items = text_item_count(gna, tiles.groups)
+    text_items = text_item_count(gna, tiles.groups, tiles.rows)
     items = math.prod(len(boxes.total) for boxes in axes) + text_items
     boxes = math.prod(int(axis.total.sum()) for axis in axes) + text_items * plain
     free = math.prod(int(axis.free_total.sum()) for axis in axes) + text_items * plain_free
@@ -290,10 +294,10 @@ def count(gna: GNA, tiles: KernelTiles) -> Count:
     return Count(items, text_items, boxes, boxes - free, items * text_boxes, items * text_masked)
 
 
-def text_item_count(gna: GNA, groups: int) -> int:
+def text_item_count(gna: GNA, groups: int, rows: int = ROWS) -> int:
     """Work items that the text queries of one head need."""
-    rows = ROWS * groups
-    return int(ceil_div(gna.text_first, rows) + ceil_div(gna.text_last, rows))
+    queries = rows * groups
+    return int(ceil_div(gna.text_first, queries) + ceil_div(gna.text_last, queries))
 
 
 def text_key_boxes(gna: GNA, tiles: KernelTiles) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from gna_flex import kernels, ops
 from gna_flex.cuda import forward, jit, kernel, shapes, tables
 from gna_flex.cuda.forward import Plan, Request, default_configs, estimated
 from gna_flex.cuda.kernel import SHARED_LIMIT, Config
-from gna_flex.cuda.tables import KernelTiles
+from gna_flex.cuda.tables import ROWS, KernelTiles
 from gna_flex.flex import foreign_to_kernels
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
@@ -450,7 +450,7 @@ def _parsed(facts: dict[str, Any], path: Path, head_dim: int) -> Shapes:
     tiles = KernelTiles(**sides)
     if not all(type(n) is int for n in (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots)):
         raise ValueError(f"{tiles} are not whole numbers")
-    if (tiles.groups, tiles.kv_slots) != (config.consumers, config.keys):
+    if (tiles.groups, tiles.kv_slots, tiles.rows) != (config.consumers, config.keys, ROWS):
         raise ValueError(f"{tiles} do not fit {config}")
     return config, tiles
 
