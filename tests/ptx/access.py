@@ -1,0 +1,155 @@
+"""Loads, stores and atomics of plain threads, and ``stmatrix``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ptx.alu import only
+from ptx.errors import UnsupportedError
+from ptx.parse import SINK, Address, Instruction, Operand, Reg, Vector
+from ptx.program import FILES, TYPES, Program, Run, opcode
+from ptx.warp import Warp
+
+SPACES = ("param", "global", "shared", "shared::cta")
+HINTS = ("v2", "v4", "nc", "volatile", "relaxed", "gpu", "cta", "aligned")
+
+
+def pointer(program: Program, operand: Operand) -> tuple[int, int]:
+    """Slot and offset of an address, in the type of its register."""
+    assert isinstance(operand, Address)
+    return program.address(operand, program.register_kind(operand.base) if isinstance(operand.base, Reg) else np.uint64)
+
+
+def addresses(w: Warp, slot: int, offset: int) -> np.ndarray:
+    """Addresses of the active threads."""
+    base = w.slots[slot] if w.full else w.slots[slot][w.mask]
+    return base.astype(np.int64) + offset
+
+
+def _space(ins: Instruction) -> str:
+    only(ins, *SPACES, *HINTS)
+    return next(part.split("::")[0] for part in ins.parts[1:] if part in SPACES)
+
+
+def _items(operand: Operand) -> tuple[Operand, ...]:
+    return operand.items if isinstance(operand, Vector) else (operand,)
+
+
+def _locate(w: Warp, space: str, at: np.ndarray, size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """An array of elements of ``size`` bytes, and each thread's indices ``[threads, count]`` in it."""
+    whole = size * count
+    if space == "shared":
+        region = w.block.shared.region
+        data, index = region.view(size), region.elements(at, whole)
+    else:
+        memory = w.block.machine.params if space == "param" else w.block.machine.memory
+        region = memory.region(int(at[0]))
+        data, index = region.view(size), region.elements(at, whole)
+    return data, index[:, None] * count + np.arange(count)
+
+
+@opcode("ld")
+def load(program: Program, ins: Instruction) -> Run:
+    space, kind = _space(ins), TYPES[ins.parts[-1]]
+    items = _items(ins.operands[0])
+    size, count = np.dtype(kind).itemsize, len(items)
+    wide = program.register_kind(items[0])
+    if np.dtype(wide).itemsize == size:
+        kind = wide  # bits
+    else:  # extended by zeros, or by the sign
+        wide = np.dtype(f"{np.dtype(kind).kind}{np.dtype(wide).itemsize}")
+    to = [program.slot(item, wide) for item in items]
+    slot, offset = pointer(program, ins.operands[1])
+
+    def run(w: Warp) -> None:
+        at = addresses(w, slot, offset)
+        data, index = _locate(w, space, at, size, count)
+        if space == "shared":
+            w.block.shared.plain_read(w, np.unique(w.block.shared.words(at, size * count)))
+        values = data[index].view(kind)
+        for i, register in enumerate(to):
+            if w.full:
+                w.slots[register][:] = values[:, i]
+            else:
+                w.slots[register][w.mask] = values[:, i]
+
+    return run
+
+
+@opcode("st")
+def store(program: Program, ins: Instruction) -> Run:
+    space, kind = _space(ins), TYPES[ins.parts[-1]]
+    if space == "param":
+        raise UnsupportedError(ins.opcode)
+    slot, offset = pointer(program, ins.operands[0])
+    items = _items(ins.operands[1])
+    size, count = np.dtype(kind).itemsize, len(items)
+    raw: Any = FILES.get(size, np.uint8)
+    sources = [
+        program.slot(item, program.register_kind(item) if isinstance(item, Reg) else raw) for item in items
+    ]
+
+    def run(w: Warp) -> None:
+        at = addresses(w, slot, offset)
+        data, index = _locate(w, space, at, size, count)
+        if space == "shared":
+            words = w.block.shared.words(at, size * count)
+            threads = np.repeat(w.threads if w.full else w.threads[w.mask], len(words) // len(at))
+            w.block.shared.plain_write(w, words, threads)
+        for i, source in enumerate(sources):
+            value = w.slots[source] if w.full else w.slots[source][w.mask]
+            data[index[:, i]] = value.astype(data.dtype)
+
+    return run
+
+
+ATOMIC: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+
+
+@opcode("atom.global", "red.global")
+def atomic(program: Program, ins: Instruction) -> Run:
+    only(ins, "global", "relaxed", "gpu", *ATOMIC)
+    kind = TYPES[ins.parts[-1]]
+    function = next(ATOMIC[part] for part in ins.parts if part in ATOMIC)
+    *to, target, operand = ins.operands
+    result = program.slot(to[0], kind) if to and to[0] != SINK else None
+    slot, offset = pointer(program, target)
+    value = program.slot(operand, kind)
+    size = np.dtype(kind).itemsize
+
+    def run(w: Warp) -> None:
+        data, index = _locate(w, "global", addresses(w, slot, offset), size, 1)
+        data = data.view(kind)
+        lanes = np.flatnonzero(w.mask)
+        for i in w.block.machine.rng.permutation(len(lanes)):
+            place, lane = index[i], lanes[i]
+            old = data[place].copy()
+            data[place] = function(old, w.slots[value][lane])
+            if result is not None:
+                w.slots[result][lane] = old[0]
+
+    return run
+
+
+@opcode("stmatrix.sync.aligned.m8n8.x4.shared.b16")
+def store_matrices(program: Program, ins: Instruction) -> Run:
+    """Four 8x8 matrices: lane ``8 i + r`` has the address of row ``r`` of matrix ``i``, each lane two of its columns."""
+    slot, offset = pointer(program, ins.operands[0])
+    sources = [program.slot(item, np.uint32) for item in _items(ins.operands[1])]
+    lane = np.arange(32)
+
+    def run(w: Warp) -> None:
+        if not w.together("stmatrix"):
+            return
+        rows = addresses(w, slot, offset)
+        shared = w.block.shared
+        shared.region.elements(rows, 16)
+        for i, source in enumerate(sources):
+            at = rows[8 * i + lane // 4] + 4 * (lane % 4)
+            words = shared.words(at, 4)
+            shared.plain_write(w, words, w.threads)
+            shared.region.view(4)[words] = w.slots[source]
+
+    return run

@@ -1,0 +1,213 @@
+"""Parameters, global memory and shared memory.
+
+Shared memory knows who wrote and read each of its words of 4 bytes last, and when. Agents are the warps of the block and
+its barriers, whose copies write; time is the agent's own count: releases of a warp, phases of a barrier. Every warp
+has a clock: how far it has seen each agent, through barriers. An access must come after earlier ones in that sense,
+whatever the order in which they happen to run, so races show with every seed.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptx.errors import OutOfBoundsError, ProxyFenceError, RaceError, UninitialisedError
+from ptx.program import FILES
+
+if TYPE_CHECKING:
+    from ptx.barriers import MBarrier
+    from ptx.warp import Warp
+
+FUTURE = 1 << 40
+"""Time of an access that is still under way."""
+SHARED_BASE = 1024
+"""Address of shared memory, which begins behind what the system keeps for itself."""
+BARRIERS = 64
+"""Barriers that a block can have."""
+
+
+class Region:
+    """One array at an address."""
+
+    def __init__(self, name: str, base: int, data: np.ndarray) -> None:
+        self.name, self.base = name, base
+        self.data = data.reshape(-1).view(np.uint8)
+
+    def elements(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Indices of elements of ``size`` bytes.
+
+        Raises:
+            OutOfBoundsError: an element is not aligned, or not inside.
+        """
+        offsets = addresses.astype(np.int64) - self.base
+        if ((offsets < 0) | (offsets + size > len(self.data))).any():
+            worst = int(offsets[np.argmax(np.abs(offsets - len(self.data) // 2))])
+            raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
+        if (offsets % size).any():
+            raise OutOfBoundsError(f"an address that is not a multiple of {size} in {self.name}")
+        return offsets // size
+
+    def view(self, size: int) -> np.ndarray:
+        return self.data[: len(self.data) // size * size].view(FILES.get(size, np.uint8))
+
+
+class Space:
+    """Arrays at addresses with gaps between them."""
+
+    GAP = 1 << 20
+
+    def __init__(self, base: int) -> None:
+        self._next = base
+        self.regions: list[Region] = []
+        self._bases: list[int] = []
+
+    def add(self, name: str, array: np.ndarray, at: int | None = None) -> int:
+        """The address of a contiguous array, which kernels read and write in place: a given one, or the next free."""
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name}: only contiguous arrays have an address")
+        region = Region(name, self._next if at is None else at, array)
+        if at is None:
+            self._next += len(region.data) // self.GAP * self.GAP + 2 * self.GAP
+        index = bisect.bisect(self._bases, region.base)
+        self.regions.insert(index, region)
+        self._bases.insert(index, region.base)
+        return region.base
+
+    def region(self, address: int) -> Region:
+        """The array of an address, or the last one before it."""
+        index = bisect.bisect_right(self._bases, address) - 1
+        if index < 0:
+            raise OutOfBoundsError(f"address {address:#x}, where nothing is")
+        return self.regions[index]
+
+    def place(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """An array and the indices of the addressed elements of ``size`` bytes in it."""
+        region = self.region(int(addresses[0]))
+        return region.view(size), region.elements(addresses, size)
+
+
+class Shared:
+    """Shared memory of one block; see the module's text."""
+
+    def __init__(self, size: int, warps: int) -> None:
+        self.region = Region("shared memory", SHARED_BASE, np.full(-(-size // 16) * 16, 0xFF, np.uint8))
+        self.region.data = self.region.data[:size]
+        words = -(-size // 4)
+        self.warps = warps
+        self.writer = np.full(words, -1, np.int32)
+        self.written = np.zeros(words, np.int64)
+        self.read = np.zeros((words, warps), np.int64)
+        self.dirty = np.zeros(words, np.int32)
+        """Thread (plus one) whose plain write no proxy fence has made visible."""
+        self.barriers: dict[int, MBarrier] = {}
+        self._reading: list[tuple[int, np.ndarray]] = []
+
+    def new_clock(self, warp: int) -> np.ndarray:
+        """The clock of a warp that begins."""
+        clock = np.zeros(self.warps + BARRIERS, np.int64)
+        clock[warp] = 1
+        return clock
+
+    def words(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Words of elements of ``size`` bytes, flat, element after element; checks alignment and bounds."""
+        index = self.region.elements(addresses, size)
+        if size <= 4:
+            return index * size // 4
+        return (index[:, None] * (size // 4) + np.arange(size // 4)).reshape(-1)
+
+    def _where(self, words: np.ndarray, bad: np.ndarray) -> str:
+        return f"byte {int(words[np.flatnonzero(bad)[0]]) * 4} of shared memory"
+
+    def _after_writes(self, warp: Warp, words: np.ndarray, what: str) -> None:
+        bad = self.written[words] > warp.clock[self.writer[words]]  # nobody's writes were at time 0
+        if bad.any():
+            first = words[np.flatnonzero(bad)[0]]
+            agent = int(self.writer[first])
+            who = f"warp {agent}" if agent < self.warps else "a copy"
+            late = "is under way or holds a barrier" if self.written[first] == FUTURE else "nothing orders before it"
+            raise RaceError(f"{what} of {self._where(words, bad)}: a write by {who} {late}")
+
+    def _after_reads(self, warp: Warp, words: np.ndarray, what: str) -> None:
+        bad = (self.read[words] > warp.clock[: self.warps]).any(1)
+        if bad.any():
+            raise RaceError(f"{what} of {self._where(words, bad)}: nothing orders a read before it")
+
+    def _initialised(self, words: np.ndarray) -> None:
+        bad = self.writer[words] < 0
+        if bad.any():
+            raise UninitialisedError(f"{self._where(words, bad)}: read before anything was written")
+
+    def _fenced(self, words: np.ndarray, what: str) -> None:
+        bad = self.dirty[words] > 0
+        if bad.any():
+            raise ProxyFenceError(f"{what} of {self._where(words, bad)}: a plain write without a proxy fence")
+
+    def plain_read(self, warp: Warp, words: np.ndarray) -> None:
+        self._initialised(words)
+        self._after_writes(warp, words, "read")
+        self.read[words, warp.index] = np.maximum(self.read[words, warp.index], warp.clock[warp.index])
+
+    def plain_write(self, warp: Warp, words: np.ndarray, threads: np.ndarray) -> None:
+        self._after_writes(warp, words, "write")
+        self._after_reads(warp, words, "write")
+        self.writer[words], self.written[words] = warp.index, warp.clock[warp.index]
+        self.dirty[words] = threads + 1
+
+    def proxy_fence(self, warp: Warp) -> None:
+        """Plain writes of the active threads become visible to the asynchronous proxy."""
+        fenced = np.zeros(self.warps * 32 + 1, np.bool_)
+        fenced[warp.threads[warp.mask] + 1] = True
+        self.dirty[fenced[self.dirty]] = 0
+
+    def begin_async_read(self, warp: Warp, words: np.ndarray, what: str, complete: bool = True) -> None:
+        """``complete``: whether all of it must have been written, as poison would spread."""
+        if complete:
+            self._initialised(words)
+        self._after_writes(warp, words, what)
+        self._fenced(words, what)
+        self.read[words, warp.index] = FUTURE
+        self._reading.append((warp.index, words))
+
+    def end_async_read(self, warp: Warp, words: np.ndarray) -> None:
+        """The warp has waited for the end of an asynchronous read."""
+        at = next(i for i, (index, mine) in enumerate(self._reading) if index == warp.index and mine is words)
+        del self._reading[at]
+        self.read[words, warp.index] = warp.clock[warp.index]
+        for index, others in self._reading:
+            if index == warp.index:
+                self.read[others, index] = FUTURE
+
+    def begin_async_write(self, warp: Warp, words: np.ndarray, barrier: MBarrier, what: str) -> None:
+        self._after_writes(warp, words, what)
+        self._after_reads(warp, words, what)
+        self._fenced(words, what)
+        self.writer[words], self.written[words] = barrier.agent, FUTURE
+        self.region.data.view(np.uint32)[words] = 0xFFFFFFFF
+
+    def end_async_write(self, words: np.ndarray, barrier: MBarrier) -> None:
+        self.written[words] = barrier.phase + 1
+
+    def reserve(self, warp: Warp, address: int) -> None:
+        """Words that become a barrier: plain accesses are races from now on."""
+        words = self.words(np.array([address]), 8)
+        self._after_writes(warp, words, "barrier")
+        self.writer[words], self.written[words] = warp.index, FUTURE
+
+    def barrier(self, warp: Warp, address: int, asynchronous: bool = False) -> MBarrier:
+        """The barrier at an address, which the warp must know to be ready."""
+        if address not in self.barriers:
+            raise RaceError(f"no barrier was made at {address:#x}")
+        barrier = self.barriers[address]
+        owner, made = barrier.made
+        if warp.clock[owner] < made:
+            raise RaceError(f"barrier {address:#x}: nothing orders its making before this use")
+        if asynchronous and not barrier.fenced:
+            raise ProxyFenceError(f"barrier {address:#x}: no fence.mbarrier_init before its use by a copy")
+        return barrier
+
+
+def joined(clock: np.ndarray, other: np.ndarray) -> Any:
+    """Everything that either clock has seen."""
+    return np.maximum(clock, other)

@@ -1,0 +1,206 @@
+"""PTX text to instructions. Names of inner scopes get the number of their scope, as ``p#3``."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ptx.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Reg:
+    """A register, special ones (``%tid.x``) included."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Imm:
+    """A constant: its bits, and whether they were written as those of a float."""
+
+    bits: int
+    is_float: bool = False
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A parameter, a variable or a label."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Vector:
+    """``{a, b, ...}``."""
+
+    items: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Address:
+    """``[base + offset]``, or ``[base, {coordinates}]`` of a tensor."""
+
+    base: Reg | Symbol | Imm
+    offset: int = 0
+    coordinates: Vector | None = None
+
+
+Operand = Reg | Imm | Symbol | Vector | Address
+SINK = Symbol("_")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction. ``guard`` is its predicate and whether that is negated."""
+
+    opcode: str
+    operands: tuple[Operand, ...]
+    guard: tuple[Reg, bool] | None
+    line: int
+    text: str
+
+    @property
+    def parts(self) -> list[str]:
+        """The opcode's name and its modifiers."""
+        return self.opcode.split(".")
+
+
+@dataclass
+class Kernel:
+    """An entry function. ``registers`` has the type of each register; ``params`` name, bytes and alignment."""
+
+    name: str
+    params: list[tuple[str, int, int]]
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: dict[str, str] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+
+
+_ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*((?:\.\w+[^{\n]*\n\s*)*)\{", re.S)
+_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)\s+(\w+)(?:\[(\d+)\])?")
+_SHARED = re.compile(r"\.extern\s+\.shared\s+[^;]*?\s(\w+)\[\];")
+_STATEMENT = re.compile(r"\s*(?:([$\w]+)\s*:(?!:)|([{}])|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)", re.S)
+_GUARD = re.compile(r"@(!?)([%\w.]+)\s+(.*)", re.S)
+_RANGE = re.compile(r"(.+)<(\d+)>")
+
+
+def parse(text: str) -> Kernel:
+    """The one entry function of a PTX module.
+
+    Raises:
+        UnsupportedError: there is not exactly one, or a statement is not understood.
+    """
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
+    entries = list(_ENTRY.finditer(text))
+    if len(entries) != 1:
+        raise UnsupportedError(f"{len(entries)} entry functions instead of one")
+    params = [
+        (name, int(bits) // 8 * int(count or 1), int(align or int(bits) // 8))
+        for align, _, bits, name, count in _PARAM.findall(entries[0][2])
+    ]
+    kernel = Kernel(entries[0][1], params, shared=_SHARED.findall(text))
+    _Body(kernel).read(text, entries[0].end())
+    return kernel
+
+
+class _Body:
+    """Reads the statements of a function, scope by scope."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.scopes: list[tuple[int, set[str]]] = [(0, set())]
+        self.count = 0
+
+    def read(self, text: str, at: int) -> None:
+        for label, brace, statement, line in self._statements(text, at):
+            if brace == "{":
+                self.count += 1
+                self.scopes.append((self.count, set(self._labels_inside(text, self._at))))
+            elif brace == "}":
+                self.scopes.pop()
+                if not self.scopes:
+                    return
+            elif label:
+                self.kernel.labels[self._scoped(label)] = len(self.kernel.instructions)
+            elif statement.startswith(".reg"):
+                self._declare(statement)
+            elif statement and not statement.startswith("."):
+                self.kernel.instructions.append(self._instruction(statement, line))
+        raise UnsupportedError("a function without an end")
+
+    def _statements(self, text: str, at: int) -> Iterator[tuple[str, str, str, int]]:
+        line, seen = text.count("\n", 0, at) + 1, at
+        while match := _STATEMENT.match(text, at):
+            start = max(match.start(group) for group in (1, 2, 3))
+            line, seen = line + text.count("\n", seen, start), start
+            self._at = at = match.end()
+            yield match[1] or "", match[2] or "", (match[3] or "").strip(), line
+
+    @staticmethod
+    def _labels_inside(text: str, at: int) -> list[str]:
+        """Labels of a scope that begins here, known before the branches to them."""
+        return re.findall(r"([$\w]+)\s*:(?!:)", text[at : re.compile(r"\n\s*\}|;\s*\}").search(text, at).end()])  # type: ignore[union-attr]
+
+    def _declare(self, statement: str) -> None:
+        _, kind, names = statement.split(None, 2)
+        for name in names.split(","):
+            name = name.strip()
+            if match := _RANGE.fullmatch(name):
+                self.kernel.registers |= {f"{match[1]}{i}": kind[1:] for i in range(int(match[2]))}
+            else:
+                self.scopes[-1][1].add(name)
+                self.kernel.registers[self._scoped(name)] = kind[1:]
+
+    def _scoped(self, name: str) -> str:
+        for number, names in reversed(self.scopes):
+            if number and name in names:
+                return f"{name}#{number}"
+        return name
+
+    def _instruction(self, statement: str, line: int) -> Instruction:
+        guard, rest = None, statement
+        if match := _GUARD.fullmatch(statement):
+            guard, rest = (Reg(self._scoped(match[2])), bool(match[1])), match[3]
+        opcode, _, operands = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
+        items = tuple(self._operand(item) for item in _split(operands)) if operands.strip() else ()
+        return Instruction(opcode.strip(), items, guard, line, " ".join(statement.split()))
+
+    def _operand(self, text: str) -> Operand:
+        if text.startswith("{"):
+            return Vector(tuple(self._operand(item) for item in _split(text[1:-1])))
+        if text.startswith("["):
+            base, *rest = _split(text[1:-1])
+            name, sign, offset = re.fullmatch(r"([^+-]+)(?:([+-])(.+))?", base).groups()  # type: ignore[union-attr]
+            vector = self._operand(rest[0]) if rest else None
+            if not isinstance(vector, Vector | None):
+                raise UnsupportedError(text)
+            shift = int(f"{sign}1") * int(offset.strip(), 0) if offset else 0
+            base_operand = self._operand(name.strip())
+            if not isinstance(base_operand, Reg | Symbol | Imm):
+                raise UnsupportedError(text)
+            return Address(base_operand, shift, vector)
+        if re.match(r"-?\d", text):
+            return _number(text)
+        if "|" in text:
+            return Vector(tuple(self._operand(item.strip()) for item in text.split("|")))
+        name = self._scoped(text)
+        return Reg(name) if name in self.kernel.registers or text.startswith("%") else Symbol(name)
+
+
+def _split(text: str) -> list[str]:
+    """Operands, which commas separate outside of brackets."""
+    return [item.strip() for item in re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", text)]
+
+
+def _number(text: str) -> Imm:
+    if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
+        return Imm(int(match[1], 16), True)
+    if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
+        return Imm(int(match[1], 16), True)
+    if "." in text:
+        return Imm(struct.unpack("<I", struct.pack("<f", float(text)))[0], True)
+    return Imm(int(text.rstrip("U"), 0))

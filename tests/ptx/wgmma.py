@@ -1,0 +1,226 @@
+"""Matrix products of warpgroups: 64 rows of A times 16 columns of it, N columns of B.
+
+Each warp computes its own 16 rows, some time between its instruction and the wait for it. Results are in registers after
+the wait; until then these hold poison, and no other instruction may touch them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ptx.errors import DescriptorError, DivergenceError, InFlightError, UnsupportedError
+from ptx.tma import swizzle
+
+if TYPE_CHECKING:
+    from ptx.warp import Warp
+
+K = 16
+ROWS = 16
+"""Rows of one warp."""
+FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
+"""Bits of a descriptor that mean something."""
+ACCUMULATOR, OPERAND = "an accumulator in flight", "an operand in flight"
+SPANS = {1: 128, 2: 64, 3: 32}
+
+
+@functools.lru_cache(maxsize=4096)
+def operand_addresses(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
+    """Addresses of the elements ``[rows, 16]`` of an operand in shared memory.
+
+    Rows of a plain operand are ``span`` bytes long; ``stride`` leads from 8 rows to the next 8. In a transposed one it
+    leads from 8 columns to the next 8, and ``leading`` from one piece of ``span`` bytes of rows to the next.
+
+    Raises:
+        DescriptorError: unknown bits, or a start that does not fit the swizzle.
+    """
+    if descriptor & ~FIELDS:
+        raise DescriptorError(f"descriptor {descriptor:#x} has bits that mean nothing")
+    if descriptor >> 62 not in SPANS or descriptor >> 49 & 7:
+        raise UnsupportedError(f"descriptor {descriptor:#x}: without swizzle, or with a base offset")
+    span = SPANS[descriptor >> 62]
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    if start % (8 * span) >= span:
+        raise DescriptorError(f"descriptor {descriptor:#x}: starts within a pattern of the swizzle")
+    row, column = np.arange(rows)[:, None], np.arange(K)[None]
+    if transposed:
+        piece = span // 2
+        places = row // piece * leading + column // 8 * stride + column % 8 * span + row % piece * 2
+    else:
+        places = row // 8 * stride + row % 8 * span + column * 2
+    return swizzle(start + places, span)
+
+
+def widen(bits: np.ndarray, float16: bool) -> np.ndarray:
+    """16-bit floats as float32."""
+    if float16:
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_matrix(fragment: np.ndarray) -> np.ndarray:
+    """Accumulator registers ``[N / 2, 32]`` as ``[16, N]``."""
+    return fragment.reshape(-1, 2, 2, 8, 4).transpose(1, 3, 0, 4, 2).reshape(ROWS, -1)
+
+
+def to_fragment(matrix: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`to_matrix`."""
+    return matrix.reshape(2, 8, -1, 4, 2).transpose(2, 0, 4, 1, 3).reshape(-1, 32)
+
+
+def operand_matrix(registers: np.ndarray, float16: bool) -> np.ndarray:
+    """Registers of A, ``[4, 32]``, as ``[16, 16]``: an accumulator of 16 columns, two of them in each."""
+    halves = np.ascontiguousarray(registers.T).view(np.uint16).reshape(8, 4, 2, 2, 2)  # row, column, piece, 8 rows, pair
+    return widen(np.ascontiguousarray(halves.transpose(3, 0, 2, 1, 4)).reshape(ROWS, K), float16)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the opcode and the constants of an instruction say."""
+
+    columns: int
+    float16: bool
+    transposed_a: bool
+    transposed_b: bool
+    sign: int
+
+
+class Product:
+    """One instruction under way. ``rows`` are the places of its accumulator in the file of registers."""
+
+    def __init__(
+        self, warp: Warp, shape: Shape, rows: np.ndarray, a: np.ndarray | int, b: int, accumulate: bool
+    ) -> None:
+        self.shape, self.rows, self.accumulate = shape, rows, accumulate
+        self.inputs = [] if isinstance(a, int) else a.tolist()
+        self.shared = warp.block.shared
+        self._b = self._elements(b, shape.columns, shape.transposed_b)
+        self.reads = [np.unique(self._b // 2)]
+        if isinstance(a, int):
+            first = warp.index % 4 * ROWS
+            self._a = self._elements(a, 4 * ROWS, shape.transposed_a)[first : first + ROWS]
+            self.reads.append(np.unique(self._a // 2))
+        else:
+            self._a, self._registers = None, operand_matrix(warp.file[a], shape.float16)
+        for i, words in enumerate(self.reads):  # rows of A that nobody wrote make the same rows of the result poison
+            self.shared.begin_async_read(warp, words, "matrix product", complete=i == 0)
+
+    @property
+    def holds(self) -> dict[tuple[int, int], str]:
+        """Registers that nobody else may touch, and why."""
+        accumulator = {(4, row): ACCUMULATOR for row in self.rows.tolist()}
+        return accumulator | {(4, row): OPERAND for row in self.inputs}
+
+    def _elements(self, descriptor: int, rows: int, transposed: bool) -> np.ndarray:
+        addresses = operand_addresses(descriptor, rows, transposed)
+        return self.shared.region.elements(addresses.reshape(-1), 2).reshape(addresses.shape)
+
+    def compute(self, accumulator: np.ndarray) -> np.ndarray:
+        memory = self.shared.region.view(2)
+        a = self._registers if self._a is None else widen(memory[self._a], self.shape.float16)
+        product = self.shape.sign * (a @ widen(memory[self._b], self.shape.float16).T)
+        return accumulator + product if self.accumulate else product
+
+
+class Queue:
+    """The products of one warp, in order, in groups."""
+
+    def __init__(self, warp: Warp) -> None:
+        self.warp = warp
+        self.open: list[Product] = []
+        self.groups: list[list[Product]] = []
+        self._todo: list[Product] = []
+        self._values: dict[bytes, np.ndarray] = {}
+        self._fenced: np.ndarray | None = None
+        self._count = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._todo
+
+    def fence(self) -> None:
+        """Registers as they are now may be used by products."""
+        self._fenced = self.warp.file[: self.warp.mma_registers].copy()
+
+    def issue(
+        self, site: int, shape: Shape, rows: np.ndarray, a: np.ndarray | int, b: int, accumulate: bool
+    ) -> None:
+        """Begins a product. ``a`` is a descriptor, or the places of 4 registers."""
+        self._agree((site, a if isinstance(a, int) else -1, b, accumulate))
+        key = rows.tobytes()
+        self._check_registers(rows, key, a)
+        file = self.warp.file
+        product = Product(self.warp, shape, rows, a, b, accumulate)
+        if key not in self._values:
+            self._values[key] = to_matrix(file[rows].view(np.float32))
+            file[rows] = 0xFFFFFFFF
+        self.open.append(product)
+        self._todo.append(product)
+        self.warp.in_flight |= product.holds
+
+    def _agree(self, call: tuple[object, ...]) -> None:
+        """The four warps of a warpgroup must issue the same products."""
+        log = self.warp.block.mma_log
+        key = self.warp.index // 4, self._count
+        self._count += 1
+        first, seen = log.setdefault(key, (call, 0))
+        if first != call:
+            raise DivergenceError(f"warps of a warpgroup issue different products: {call} and {first}")
+        log[key] = first, seen + 1
+        if seen == 3:
+            del log[key]
+
+    def _check_registers(self, rows: np.ndarray, key: bytes, a: np.ndarray | int) -> None:
+        mine = {int(row) for row in rows}
+        inputs = set() if isinstance(a, int) else {int(row) for row in a}
+        for other in self._values:
+            if other != key and not mine.isdisjoint(np.frombuffer(other, rows.dtype).tolist()):
+                raise InFlightError("two accumulators in flight share registers")
+            if not inputs.isdisjoint(np.frombuffer(other, rows.dtype).tolist()):
+                raise InFlightError("an operand is an accumulator in flight")
+        if any(self.warp.in_flight.get((4, row)) == OPERAND for row in mine):
+            raise InFlightError("an accumulator is an operand in flight")
+        used = sorted(inputs if key in self._values else mine | inputs)
+        if self._fenced is None or not np.array_equal(self._fenced[used], self.warp.file[used]):
+            raise InFlightError("registers of a product have changed since the last wgmma.fence")
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def advance(self) -> None:
+        """Computes the next product."""
+        product = self._todo.pop(0)
+        key = product.rows.tobytes()
+        self._values[key] = product.compute(self._values[key])
+
+    def complete(self, allowed: int) -> bool:
+        """Whether all groups but the last ``allowed`` ones are computed."""
+        old = self.groups[: max(len(self.groups) - allowed, 0)]
+        return not any(product is todo for group in old for product in group for todo in self._todo)
+
+    def retire(self, allowed: int) -> None:
+        """The warp has waited: results of these groups come into registers."""
+        count = max(len(self.groups) - allowed, 0)
+        old, self.groups = self.groups[:count], self.groups[count:]
+        left = [product for group in (*self.groups, self.open) for product in group]
+        busy = {product.rows.tobytes() for product in left}
+        for product in (product for group in old for product in group):
+            for words in product.reads:
+                self.warp.block.shared.end_async_read(self.warp, words)
+            key = product.rows.tobytes()
+            if key not in busy and key in self._values:
+                bits = to_fragment(self._values.pop(key)).astype(np.float32).view(np.uint32)
+                self.warp.file[product.rows] = bits
+                if self._fenced is not None:
+                    self._fenced[product.rows] = bits
+        self._release(left)
+
+    def _release(self, left: list[Product]) -> None:
+        flying: dict[tuple[int, int], str] = {}
+        for product in left:
+            flying |= product.holds
+        self.warp.in_flight = flying
