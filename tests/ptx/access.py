@@ -22,7 +22,7 @@ def pointer(program: Program, operand: Operand) -> tuple[int, int]:
     return program.address(operand, program.register_kind(operand.base) if isinstance(operand.base, Reg) else np.uint64)
 
 
-def addresses(w: Warp, slot: int, offset: int) -> np.ndarray:
+def addresses(w: Warp, slot: int, offset: int) -> Any:
     """Addresses of the active threads."""
     base = w.slots[slot] if w.full else w.slots[slot][w.mask]
     return base.astype(np.int64) + offset
@@ -67,7 +67,7 @@ def load(program: Program, ins: Instruction) -> Run:
         at = addresses(w, slot, offset)
         data, index = _locate(w, space, at, size, count)
         if space == "shared":
-            w.block.shared.plain_read(w, np.unique(w.block.shared.words(at, size * count)))
+            w.block.shared.plain_read(w, w.block.shared.words(at, size * count))
         values = data[index].view(kind)
         for i, register in enumerate(to):
             if w.full:
@@ -87,9 +87,7 @@ def store(program: Program, ins: Instruction) -> Run:
     items = _items(ins.operands[1])
     size, count = np.dtype(kind).itemsize, len(items)
     raw: Any = FILES.get(size, np.uint8)
-    sources = [
-        program.slot(item, program.register_kind(item) if isinstance(item, Reg) else raw) for item in items
-    ]
+    sources = [program.slot(item, program.register_kind(item) if isinstance(item, Reg) else raw) for item in items]
 
     def run(w: Warp) -> None:
         at = addresses(w, slot, offset)
@@ -135,7 +133,7 @@ def atomic(program: Program, ins: Instruction) -> Run:
 
 @opcode("stmatrix.sync.aligned.m8n8.x4.shared.b16")
 def store_matrices(program: Program, ins: Instruction) -> Run:
-    """Four 8x8 matrices: lane ``8 i + r`` has the address of row ``r`` of matrix ``i``, each lane two of its columns."""
+    """Four 8x8 matrices: lane ``8 i + r`` has the address of row ``r`` of matrix ``i``, and each two columns."""
     slot, offset = pointer(program, ins.operands[0])
     sources = [program.slot(item, np.uint32) for item in _items(ins.operands[1])]
     lane = np.arange(32)

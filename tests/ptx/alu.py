@@ -32,9 +32,9 @@ def ufunc(program: Program, ins: Instruction, function: Any, kind: Any, *kinds: 
     def binary(w: Warp) -> None:
         s = w.slots
         if w.full:
-            function(s[a], s[b], s[to])
+            function(s[a], s[b], out=s[to])
         else:
-            function(s[a], s[b], s[to], where=w.mask)
+            function(s[a], s[b], out=s[to], where=w.mask)
 
     return binary
 
@@ -83,11 +83,10 @@ def simple(program: Program, ins: Instruction) -> Run:
 def extreme(program: Program, ins: Instruction) -> Run:
     only(ins, "ftz")
     kind = last_type(ins)
-    if ins.parts[0] == "min":
-        function = np.fmin if kind is np.float32 else np.minimum
-    else:
-        function = np.fmax if kind is np.float32 else np.maximum
-    return ufunc(program, ins, function, kind, kind, kind)
+    functions: dict[str, Any] = {"min": np.minimum, "max": np.maximum}
+    if np.dtype(kind).kind == "f":
+        functions = {"min": np.fmin, "max": np.fmax}  # the other operand if one is NaN
+    return ufunc(program, ins, functions[ins.parts[0]], kind, kind, kind)
 
 
 @opcode("mul")
@@ -134,7 +133,7 @@ def fused(program: Program, ins: Instruction) -> Run:
     return run
 
 
-def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def quotient(a: np.ndarray, b: np.ndarray) -> Any:
     """Rounded towards zero; exact for 32 bits, whose quotients float64 can hold. Idle lanes may divide by zero."""
     return np.nan_to_num(np.trunc(a.astype(np.float64) / b), posinf=0, neginf=0).astype(np.int64)
 
@@ -156,7 +155,7 @@ def shift(program: Program, ins: Instruction) -> Run:
     wide = np.int64 if np.dtype(kind).kind == "i" else np.uint64
     function = np.left_shift if ins.parts[0] == "shl" else np.right_shift
 
-    def run(a: np.ndarray, by: np.ndarray) -> np.ndarray:
+    def run(a: np.ndarray, by: np.ndarray) -> Any:
         if bits == 64:
             return function(a, by.astype(a.dtype))
         return function(a.astype(wide), np.minimum(by, bits).astype(wide)).astype(kind)
@@ -166,7 +165,7 @@ def shift(program: Program, ins: Instruction) -> Run:
 
 @opcode("bfi.b32")
 def insert_bits(program: Program, ins: Instruction) -> Run:
-    def run(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def run(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> Any:
         start, length = start.astype(np.uint64) & 255, np.minimum(length & 255, 32).astype(np.uint64)
         mask = ((np.uint64(1) << length) - np.uint64(1)) << start
         return ((b & ~mask) | (a.astype(np.uint64) << start & mask)).astype(np.uint32)
@@ -176,7 +175,7 @@ def insert_bits(program: Program, ins: Instruction) -> Run:
 
 @opcode("bfe.u32")
 def extract_bits(program: Program, ins: Instruction) -> Run:
-    def run(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def run(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> Any:
         mask = (np.uint64(1) << np.minimum(length & 255, 32).astype(np.uint64)) - np.uint64(1)
         return (a.astype(np.uint64) >> (start.astype(np.uint64) & 255) & mask).astype(np.uint32)
 

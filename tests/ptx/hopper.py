@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -60,7 +59,9 @@ class HostPlan(forward.Plan):
         request = forward.Request(tuple(gnas), head_dim, float16, 0, tiles, config)
         with (
             mock.patch.object(jit, "compile", return_value=SimpleNamespace(log="", code=b"")),
-            mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(multi_processor_count=1)),
+            mock.patch.object(
+                torch.cuda, "get_device_properties", return_value=SimpleNamespace(multi_processor_count=1)
+            ),
         ):
             super().__init__(request)
 
@@ -76,7 +77,9 @@ class Recorder:
 
     def call(self, name: str, at: int, code: int, rank: int, *values: Any) -> None:
         pointer, dims, strides, box, steps, _, swizzle, _, _ = values
-        self.maps[at] = TensorMap(pointer, tuple(dims), tuple(strides)[: rank - 1], tuple(box), SPANS[swizzle], tuple(steps))
+        self.maps[at] = TensorMap(
+            pointer, tuple(dims), tuple(strides)[: rank - 1], tuple(box), SPANS[swizzle], tuple(steps)
+        )
 
 
 def run(
@@ -121,5 +124,3 @@ def run(
 def storage(x: Tensor) -> np.ndarray:
     """All bytes behind a tensor, shared with it."""
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).numpy()
-
-

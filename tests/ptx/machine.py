@@ -85,7 +85,7 @@ class Machine:
         Raises:
             PtxError: one of its kinds, for each kind of fault of the kernel.
         """
-        if threads % 128 and threads != 32 or len(arguments) != len(self.kernel.params):
+        if (threads % 128 and threads != 32) or len(arguments) != len(self.kernel.params):
             raise ValueError(f"{threads} threads, {len(arguments)} arguments")
         symbols = dict.fromkeys(self.kernel.shared, SHARED_BASE)
         for index, ((name, size, _), argument) in enumerate(zip(self.kernel.params, arguments, strict=True)):
@@ -114,7 +114,9 @@ class Machine:
                     left.remove(warp)
                     self._check_end(warp)
             elif not self._advance():
-                lines = [f"  {warp} at line {warp.step.source.line}: {warp.waiting.text}" for warp in left if warp.waiting]
+                lines = [
+                    f"  {warp} at line {warp.step.source.line}: {warp.waiting.text}" for warp in left if warp.waiting
+                ]
                 raise DeadlockError("\n".join(["nothing can go on:", *lines]))
             while self.random.random() < patience and self._advance():
                 pass
@@ -138,4 +140,3 @@ class Machine:
             raise InFlightError(f"{warp} ends before its tensor stores have read shared memory")
         if warp.in_flight:
             raise InFlightError(f"{warp} ends with matrix products in flight")
-

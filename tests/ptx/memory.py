@@ -1,9 +1,9 @@
 """Parameters, global memory and shared memory.
 
-Shared memory knows who wrote and read each of its words of 4 bytes last, and when. Agents are the warps of the block and
-its barriers, whose copies write; time is the agent's own count: releases of a warp, phases of a barrier. Every warp
-has a clock: how far it has seen each agent, through barriers. An access must come after earlier ones in that sense,
-whatever the order in which they happen to run, so races show with every seed.
+Shared memory knows who wrote and read each of its words of 4 bytes last, and when. Agents are the warps of the block
+and its barriers, whose copies write; time is the agent's own count: releases of a warp, phases of a barrier. Every
+warp has a clock: how far it has seen each agent, through barriers. An access must come after earlier ones in that
+sense, whatever the order in which they happen to run, so races show with every seed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Region:
             OutOfBoundsError: an element is not aligned, or not inside.
         """
         offsets = addresses.astype(np.int64) - self.base
-        if ((offsets < 0) | (offsets + size > len(self.data))).any():
-            worst = int(offsets[np.argmax(np.abs(offsets - len(self.data) // 2))])
-            raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
+        for worst in (int(offsets.min()), int(offsets.max())):
+            if not 0 <= worst <= len(self.data) - size:
+                raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
         if (offsets % size).any():
             raise OutOfBoundsError(f"an address that is not a multiple of {size} in {self.name}")
         return offsets // size

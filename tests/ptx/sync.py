@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def _uniform(values: np.ndarray, what: str) -> int:
     return int(values[0])
 
 
-def _active(w: Warp, slot: int) -> np.ndarray:
+def _active(w: Warp, slot: int) -> Any:
     return w.slots[slot][w.mask]
 
 
@@ -260,7 +261,7 @@ def mma(program: Program, ins: Instruction) -> Run:
     sign_a, sign_b, *transposed = (_constant(operand) for operand in signs)
     if isinstance(a, Vector):
         transposed = [0, *transposed]
-    facts = Shape(int(shape[1]), shape[2] == "f16", *(bool(x) for x in transposed), sign_a * sign_b)
+    facts = Shape(int(shape[1]), shape[2] == "f16", bool(transposed[0]), bool(transposed[1]), sign_a * sign_b)
     rows = _places(program, accumulator)
     registers = _places(program, a) if isinstance(a, Vector) else None
     a_slot = -1 if isinstance(a, Vector) else program.slot(a, np.uint64)
@@ -311,9 +312,11 @@ def mma_wait(program: Program, ins: Instruction) -> Run:
 @opcode("shfl.sync.bfly.b32", "shfl.sync.idx.b32")
 def shuffle(program: Program, ins: Instruction) -> Run:
     to, source, by, clamp, members = ins.operands
-    targets = [program.slot(to.items[0], np.uint32), program.slot(to.items[1], np.bool_)] if isinstance(
-        to, Vector
-    ) else [program.slot(to, np.uint32)]
+    targets = (
+        [program.slot(to.items[0], np.uint32), program.slot(to.items[1], np.bool_)]
+        if isinstance(to, Vector)
+        else [program.slot(to, np.uint32)]
+    )
     value, distance, limit, mask = (program.slot(x, np.uint32) for x in (source, by, clamp, members))
     lanes = np.arange(32)
     butterfly = ins.parts[2] == "bfly"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ptx.warp import Warp
 
 
-def swizzle(addresses: np.ndarray, span: int) -> np.ndarray:
+def swizzle(addresses: np.ndarray, span: int) -> Any:
     """Addresses in shared memory: 16-byte pieces of rows of ``span`` bytes (0, 32, 64 or 128) are permuted."""
     pieces = max(span // 16, 1)
     return addresses ^ ((addresses >> 7 & (pieces - 1)) << 4)
@@ -75,6 +75,9 @@ class Copy:
         self.places = self.shared.region.elements(places, 2)
         self.words = np.unique(self.places // 2)
         self.read = self.finished = False
+
+    def advance(self) -> None:
+        raise NotImplementedError
 
     def _outside(self, space: Space) -> tuple[np.ndarray, np.ndarray]:
         inside = self.addresses[self.inside]
@@ -153,4 +156,3 @@ class StoreGroups:
     def unread(self) -> int:
         """Copies that nobody has waited for."""
         return len(self._unread)
-

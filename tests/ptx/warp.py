@@ -111,6 +111,7 @@ class Warp:
             self.executed += start - budget
 
     def _guarded(self, step: Step) -> None:
+        assert step.guard is not None
         guard = self.slots[step.guard]
         active = self.mask & (~guard if step.negated else guard)
         key = active.tobytes()

@@ -1,14 +1,14 @@
 """Matrix products of warpgroups: 64 rows of A times 16 columns of it, N columns of B.
 
-Each warp computes its own 16 rows, some time between its instruction and the wait for it. Results are in registers after
-the wait; until then these hold poison, and no other instruction may touch them.
+Each warp computes its own 16 rows, some time between its instruction and the wait for it. Results are in registers
+after the wait; until then these hold poison, and no other instruction may touch them.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +27,7 @@ ACCUMULATOR, OPERAND = "an accumulator in flight", "an operand in flight"
 SPANS = {1: 128, 2: 64, 3: 32}
 
 
-@functools.lru_cache(maxsize=4096)
-def operand_addresses(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
+def operand_addresses(descriptor: int, rows: int, transposed: bool) -> Any:
     """Addresses of the elements ``[rows, 16]`` of an operand in shared memory.
 
     Rows of a plain operand are ``span`` bytes long; ``stride`` leads from 8 rows to the next 8. In a transposed one it
@@ -54,7 +53,14 @@ def operand_addresses(descriptor: int, rows: int, transposed: bool) -> np.ndarra
     return swizzle(start + places, span)
 
 
-def widen(bits: np.ndarray, float16: bool) -> np.ndarray:
+@functools.lru_cache(maxsize=4096)
+def operand_places(descriptor: int, first: int, rows: int, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Addresses of ``rows`` rows from ``first`` on, and those of the words that hold them."""
+    addresses = operand_addresses(descriptor, first + rows, transposed)[first:]
+    return addresses, np.unique(addresses // 4 * 4)
+
+
+def widen(bits: np.ndarray, float16: bool) -> Any:
     """16-bit floats as float32."""
     if float16:
         return bits.view(np.float16).astype(np.float32)
@@ -71,9 +77,11 @@ def to_fragment(matrix: np.ndarray) -> np.ndarray:
     return matrix.reshape(2, 8, -1, 4, 2).transpose(2, 0, 4, 1, 3).reshape(-1, 32)
 
 
-def operand_matrix(registers: np.ndarray, float16: bool) -> np.ndarray:
+def operand_matrix(registers: np.ndarray, float16: bool) -> Any:
     """Registers of A, ``[4, 32]``, as ``[16, 16]``: an accumulator of 16 columns, two of them in each."""
-    halves = np.ascontiguousarray(registers.T).view(np.uint16).reshape(8, 4, 2, 2, 2)  # row, column, piece, 8 rows, pair
+    halves = (
+        np.ascontiguousarray(registers.T).view(np.uint16).reshape(8, 4, 2, 2, 2)
+    )  # row, column, piece, 8 rows, pair
     return widen(np.ascontiguousarray(halves.transpose(3, 0, 2, 1, 4)).reshape(ROWS, K), float16)
 
 
@@ -97,14 +105,13 @@ class Product:
         self.shape, self.rows, self.accumulate = shape, rows, accumulate
         self.inputs = [] if isinstance(a, int) else a.tolist()
         self.shared = warp.block.shared
-        self._b = self._elements(b, shape.columns, shape.transposed_b)
-        self.reads = [np.unique(self._b // 2)]
+        self.reads: list[np.ndarray] = []
+        self._a: np.ndarray | None = None
+        self._b = self._elements(b, 0, shape.columns, shape.transposed_b)
         if isinstance(a, int):
-            first = warp.index % 4 * ROWS
-            self._a = self._elements(a, 4 * ROWS, shape.transposed_a)[first : first + ROWS]
-            self.reads.append(np.unique(self._a // 2))
+            self._a = self._elements(a, warp.index % 4 * ROWS, ROWS, shape.transposed_a)
         else:
-            self._a, self._registers = None, operand_matrix(warp.file[a], shape.float16)
+            self._registers = operand_matrix(warp.file[a], shape.float16)
         for i, words in enumerate(self.reads):  # rows of A that nobody wrote make the same rows of the result poison
             self.shared.begin_async_read(warp, words, "matrix product", complete=i == 0)
 
@@ -114,11 +121,12 @@ class Product:
         accumulator = {(4, row): ACCUMULATOR for row in self.rows.tolist()}
         return accumulator | {(4, row): OPERAND for row in self.inputs}
 
-    def _elements(self, descriptor: int, rows: int, transposed: bool) -> np.ndarray:
-        addresses = operand_addresses(descriptor, rows, transposed)
-        return self.shared.region.elements(addresses.reshape(-1), 2).reshape(addresses.shape)
+    def _elements(self, descriptor: int, first: int, rows: int, transposed: bool) -> np.ndarray:
+        addresses, words = operand_places(descriptor, first, rows, transposed)
+        self.reads.append(self.shared.region.elements(words, 4))
+        return (addresses - self.shared.region.base) // 2
 
-    def compute(self, accumulator: np.ndarray) -> np.ndarray:
+    def compute(self, accumulator: np.ndarray) -> Any:
         memory = self.shared.region.view(2)
         a = self._registers if self._a is None else widen(memory[self._a], self.shape.float16)
         product = self.shape.sign * (a @ widen(memory[self._b], self.shape.float16).T)
@@ -145,9 +153,7 @@ class Queue:
         """Registers as they are now may be used by products."""
         self._fenced = self.warp.file[: self.warp.mma_registers].copy()
 
-    def issue(
-        self, site: int, shape: Shape, rows: np.ndarray, a: np.ndarray | int, b: int, accumulate: bool
-    ) -> None:
+    def issue(self, site: int, shape: Shape, rows: np.ndarray, a: np.ndarray | int, b: int, accumulate: bool) -> None:
         """Begins a product. ``a`` is a descriptor, or the places of 4 registers."""
         self._agree((site, a if isinstance(a, int) else -1, b, accumulate))
         key = rows.tobytes()
