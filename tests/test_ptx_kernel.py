@@ -1,4 +1,4 @@
-"""The Hopper forward kernel in the PTX interpreter: small problems of every kind, several seeds each, against float64."""
+"""The Hopper forward kernel in the PTX interpreter: small problems of every kind against float64, with seeds."""
 
 from __future__ import annotations
 

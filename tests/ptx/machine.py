@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx import access, alu, sync  # noqa: F401  they register the instructions
 from ptx.barriers import NamedBarrier
-from ptx.errors import DeadlockError, DescriptorError, InFlightError
+from ptx.errors import DeadlockError, DescriptorError, DivergenceError, InFlightError
 from ptx.memory import SHARED_BASE, Shared, Space
 from ptx.parse import Kernel, parse
 from ptx.program import Program
@@ -31,7 +31,7 @@ class Block:
         self.shared = Shared(shared, threads // 32)
         self.named: dict[int, NamedBarrier] = {}
         self.mma_log: dict[tuple[int, int], tuple[tuple[object, ...], int]] = {}
-        self.registers = REGISTERS // threads // 8 * 8
+        self.registers = min(REGISTERS // threads, 255) // 8 * 8
         self.free_registers = REGISTERS - self.registers * threads
         self.warps = [Warp(self, i, machine.program, machine.rng) for i in range(threads // 32)]
 
@@ -98,6 +98,8 @@ class Machine:
             self.program = Program(self.kernel, symbols)
             grid = [Block(self, index, blocks, threads, shared) for index in range(blocks)]
             self._run([warp for block in grid for warp in block.warps])
+        if any(block.mma_log for block in grid):
+            raise DivergenceError("some warps of a warpgroup have issued fewer matrix products than others")
 
     def _run(self, warps: list[Warp]) -> None:
         patience = self.random.choice([0.05, 0.4, 0.8])  # of a turn to see some work of the engines done
@@ -114,9 +116,7 @@ class Machine:
                     left.remove(warp)
                     self._check_end(warp)
             elif not self._advance():
-                lines = [
-                    f"  {warp} at line {warp.step.source.line}: {warp.waiting.text}" for warp in left if warp.waiting
-                ]
+                lines = [f"  {warp} at line {warp.step.source.line}: {warp.waiting}" for warp in left if warp.waiting]
                 raise DeadlockError("\n".join(["nothing can go on:", *lines]))
             while self.random.random() < patience and self._advance():
                 pass

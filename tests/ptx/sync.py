@@ -92,7 +92,7 @@ def barrier_wait(program: Program, ins: Instruction) -> Run:
             barrier.observe(w)
             w.assign(to, True)
         else:
-            w.wait(lambda: barrier.passed(parity), f"parity {parity} of {barrier}")
+            w.wait(lambda: barrier.passed(parity), f"parity {parity} of ", barrier)
 
     return run
 

@@ -25,10 +25,13 @@ Condition = Callable[[], bool]
 
 
 class Wait:
-    """What a group waits for: a condition, and words for the list of a deadlock."""
+    """What a group waits for: a condition, and words for the list of a deadlock, the last ones as they are then."""
 
-    def __init__(self, ready: Condition, text: str) -> None:
-        self.ready, self.text = ready, text
+    def __init__(self, ready: Condition, text: str, about: object = "") -> None:
+        self.ready, self._text, self._about = ready, text, about
+
+    def __str__(self) -> str:
+        return f"{self._text}{self._about}"
 
 
 class Warp:
@@ -123,7 +126,7 @@ class Warp:
             try:
                 step.run(self)
             finally:
-                self._become(mask)
+                self._become(mask & self.live)
 
     def branch(self, target: int, taken: np.ndarray) -> None:
         """Threads of ``taken``, all of them active ones, go on at ``target``."""
@@ -140,10 +143,10 @@ class Warp:
         self._become(np.zeros(LANES, np.bool_))
         self.done = not self.live.any()
 
-    def wait(self, ready: Condition, text: str) -> None:
+    def wait(self, ready: Condition, text: str, about: object = "") -> None:
         """The active threads run this instruction again once ``ready``."""
         self.pc -= 1
-        self.waiting = Wait(ready, text)
+        self.waiting = Wait(ready, text, about)
 
     def _choose(self) -> None:
         """Lets the group at the lowest place go on, of those that can."""
@@ -157,7 +160,7 @@ class Warp:
         able = [pc for pc, _, wait in groups if wait is None or wait.ready()]
         if not able:
             waits = [wait for _, _, wait in groups if wait is not None]
-            text = " or ".join(dict.fromkeys(wait.text for wait in waits))
+            text = " or ".join(dict.fromkeys(map(str, waits)))
             self.others, (self.pc, mask, _) = groups[1:], groups[0]
             self._become(mask)
             self.waiting = Wait(lambda: any(wait.ready() for wait in waits), text)
