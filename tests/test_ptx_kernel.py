@@ -124,6 +124,8 @@ PROBLEMS = {
     "masks of two words": Problem(
         GNA((12, 14), (5, 11)), Config(32, 144), KernelTiles((1, 6, 7), 2, 1, (1, 12, 12), 144)
     ),
+    "large scores": Problem(GNA((8, 16), (8, 16)), Config(64, 32), TWO, heads=2, key_heads=2, scale=1.0),
+    "large scores and masks": Problem(GNA((8, 16), (5, 9)), Config(64, 32), TWO, scale=1.0),
     "scale of zero": Problem(GNA((8, 12), (3, 5)), Config(32, 32), TWO, scale=0.0),
 }
 

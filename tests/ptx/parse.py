@@ -165,9 +165,9 @@ class _Body:
         guard, rest = None, statement
         if match := _GUARD.fullmatch(statement):
             guard, rest = (Reg(self._scoped(match[2])), bool(match[1])), match[3]
-        opcode, _, operands = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
-        items = tuple(self._operand(item) for item in _split(operands)) if operands.strip() else ()
-        return Instruction(opcode.strip(), items, guard, line, " ".join(statement.split()))
+        opcode, *operands = rest.split(None, 1)
+        items = tuple(self._operand(item) for text in operands for item in _split(text))
+        return Instruction(opcode, items, guard, line, " ".join(statement.split()))
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):

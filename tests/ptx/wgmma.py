@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx.errors import DescriptorError, DivergenceError, InFlightError, UnsupportedError
+from ptx.errors import DescriptorError, DivergenceError, InFlightError
 from ptx.tma import swizzle
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def operand_addresses(descriptor: int, rows: int, transposed: bool) -> Any:
     if descriptor & ~FIELDS:
         raise DescriptorError(f"descriptor {descriptor:#x} has bits that mean nothing")
     if descriptor >> 62 not in SPANS or descriptor >> 49 & 7:
-        raise UnsupportedError(f"descriptor {descriptor:#x}: without swizzle, or with a base offset")
+        raise DescriptorError(f"descriptor {descriptor:#x}: without swizzle, or with a base offset")
     span = SPANS[descriptor >> 62]
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if start % (8 * span) >= span:
