@@ -24,7 +24,7 @@ RUNS = (
     (Problem(GNA((8, 16), (8, 16)), CONFIG, TWO, heads=2, key_heads=2, scale=2.0), 0),
     (PROBLEM._replace(scale=2.0), 0),
     (Problem(GNA((9, 9), (5, 4)), CONFIG, KernelTiles((1, 5, 7), 2, 2, (1, 4, 7), 32)), 0),
-    *((PROBLEM._replace(heads=6, key_heads=6), seed) for seed in range(4)),
+    *((PROBLEM._replace(heads=6, key_heads=6), seed) for seed in range(3)),
 )
 """Problems and seeds, tried in turn: with masks, without any, with rescaling, with empty rows, with many items."""
 
@@ -69,15 +69,15 @@ CHANGES: dict[str, tuple[str, str | Callable[[re.Match[str]], str], int]] = {
     "no store": (rf"(?<=[\t\n]){STORE}[^;]*;", "", 1),
     "no bar.sync": (r"bar\.sync[^;]*;", "", 1),
     "no registers given back": (r"setmaxnreg\.dec[^;]*;", "", 1),
-    "no product": (r"wgmma\.mma_async[^;]*;", "", 3),
-    "no stmatrix": (r"stmatrix[^;]*;", "", 1),
-    "no shuffle": (r"shfl\.sync\.bfly[^;]*;", "", 1),
+    "no product": (r"wgmma\.mma_async[^;]*;", "", 5),
+    "no stmatrix": (r"stmatrix[^;]*;", "", 3),
+    "no shuffle": (r"shfl\.sync\.bfly[^;]*;", "", 3),
     "other column": (coordinate(0), more(8), 1),
     "other row": (coordinate(1), more(1), 1),
     "other head": (coordinate(4), more(1), 1),
-    "matrices swapped": (r"(stmatrix\S+ \[\S+\], \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 1),
-    "halves swapped": (r"(cvt\.rn\.bf16x2\.f32 %\w+, )(%\w+), (%\w+);", r"\1\3, \2;", 8),
-    "A swapped": (r"(wgmma\S+ \{[^}]*\}, \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 1),
+    "matrices swapped": (r"(stmatrix\S+ \[\S+\], \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 2),
+    "halves swapped": (r"(cvt\.rn\.bf16x2\.f32 %\w+, )(%\w+), (%\w+);", r"\1\3, \2;", 11),
+    "A swapped": (r"(wgmma\S+ \{[^}]*\}, \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 2),
     "accumulator swapped": (r"(wgmma\S+ \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 3),
     "V not transposed": (r"(wgmma\.[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;", 2),
     "other sign": (r"(wgmma\.[^;]*, p), 1, 1, 0, 0;", r"\1, -1, 1, 0, 0;", 4),
@@ -96,7 +96,9 @@ def text() -> str:
 def cannot_matter(name: str, at: int, match: re.Match[str]) -> bool:
     """The two kinds of change in the text of this file."""
     if name == "no wait":
-        return len(re.findall(rf"\s{match[2]}, ", text())) == 1 and f"mov.u32 \t{match[2]}, 1;" in text()
+        block = re.split(r"\n\$\w+:", text()[:at])[-1]  # straight to the wait, from the last label on
+        definitions = re.findall(rf"\n\t(\S+\s+{match[2]}, .*)", block)
+        return bool(definitions) and definitions[-1].split()[::2] == ["mov.u32", "1;"]
     if name == "no product fence":
         before = re.findall(r"wgmma\.(\w+)", text()[:at])
         return bool(before) and before[-1] == "commit_group"
@@ -128,6 +130,7 @@ def caught(mutant: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_nothing_is_caught_where_nothing_is_wrong() -> None:
     assert caught(text()) == ""
 
