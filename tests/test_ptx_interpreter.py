@@ -551,6 +551,8 @@ def test_tensor_stores_write_inside_only(seed: int) -> None:
 def test_faults_of_tensor_stores() -> None:
     with pytest.raises(ProxyFenceError):
         store_box(fence="")
+    with pytest.raises(ProxyFenceError):  # by some of the threads that wrote
+        store_box(fence="setp.lt.u32 %p1, %r1, 96; @%p1 fence.proxy.async.shared::cta;")
     with pytest.raises(InFlightError):
         store_box(wait="")
     with pytest.raises(RaceError):

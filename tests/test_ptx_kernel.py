@@ -126,6 +126,7 @@ PROBLEMS = {
     ),
     "large scores": Problem(GNA((8, 16), (8, 16)), Config(64, 32), TWO, heads=2, key_heads=2, scale=1.0),
     "large scores and masks": Problem(GNA((8, 16), (5, 9)), Config(64, 32), TWO, scale=1.0),
+    "bounded waits": Problem(GNA((8, 12), (3, 5)), Config(32, 32, bounded_waits=9), TWO),
     "scale of zero": Problem(GNA((8, 12), (3, 5)), Config(32, 32), TWO, scale=0.0),
 }
 
