@@ -90,3 +90,11 @@ def counting_compiler(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> 
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     return counter
+
+
+@pytest.fixture
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache of compiled kernels for all tests and all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", str(folder / "kernels"))

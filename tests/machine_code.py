@@ -11,7 +11,19 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from gna_flex.cuda import forward, tables
+
+
+def needs_nvrtc() -> None:
+    """Skips the test file that calls it where there is no compiler of CUDA kernels."""
+    pytest.importorskip("cuda.bindings")
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
 
 
 def layout_checks(shared_bytes: int, map_sets: int, text: bool) -> str:

@@ -4,25 +4,21 @@ Nothing here shows that it computes the right thing; it has never run.
 """
 
 import functools
-import os
 import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from machine_code import disassembler, kinds, layout_checks, opcodes
+from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcodes
 
 from gna_flex.cuda import jit
 from gna_flex.cuda.blackwell import ARCHITECTURES, HEAD_DIMS, THREADS, BlackwellConfig
 from gna_flex.cuda.kernel import SHARED_LIMIT
 
-pytest.importorskip("cuda.bindings")
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-try:
-    nvrtc.nvrtcVersion()
-except RuntimeError as error:
-    pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
+needs_nvrtc()
+
+pytestmark = pytest.mark.usefixtures("kernel_cache")
 
 REGISTERS = 128
 """Registers of a thread with which a CTA starts: all that a multiprocessor has."""
@@ -57,14 +53,6 @@ def name_of(config: BlackwellConfig) -> str:
 
 
 configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache for all tests and all test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", str(folder / "kernels"))
 
 
 def source() -> str:

@@ -1,22 +1,18 @@
 """The Hopper kernel as machine code, without a GPU: registers, spills, shared memory, layouts, instructions."""
 
 import functools
-import os
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from machine_code import disassembler, kinds, layout_checks, opcodes
+from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcodes
 
 from gna_flex.cuda import forward, jit
 from gna_flex.cuda.kernel import HEAD_DIMS, SHARED_LIMIT, Config
 
-pytest.importorskip("cuda.bindings")
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-try:
-    nvrtc.nvrtcVersion()
-except RuntimeError as error:
-    pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
+needs_nvrtc()
+
+pytestmark = pytest.mark.usefixtures("kernel_cache")
 
 REGISTERS = 1 << 16
 """Registers of a multiprocessor, which one CTA fills."""
@@ -63,14 +59,6 @@ def name_of(config: Config) -> str:
 
 
 configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache for all tests and all test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", str(folder / "kernels"))
 
 
 @functools.cache

@@ -7,17 +7,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import assert_within_budget, dense_mask, exact_attention
+from machine_code import needs_nvrtc
 from torch import Tensor
 
 from gna_flex import GNA
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.tables import KernelTiles
 
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-try:
-    nvrtc.nvrtcVersion()
-except RuntimeError as error:
-    pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
+needs_nvrtc()
 
 from ptx import hopper  # noqa: E402
 
