@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from gna_flex import GNA, GNABlockMask
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.23")
 from transformers import (
     AttentionInterface,
     Dinov2Config,
@@ -118,6 +118,16 @@ def test_layers_differ(build, first):
     expected = with_dense_masks(model, [mask_for(first), None, mask_for(first, window=2)], image)
     configure(model, window=2, layers={0: PARAMETERS, 2: {}})
     assert_close(model(image).last_hidden_state, expected)
+
+
+def test_attention_called_without_masks_is_an_error():
+    """Other versions may call attention from inside of a layer, and not pass masks on: never dense instead."""
+    model = ViTModel(ViTConfig(intermediate_size=32, **COMMON))
+    configure(model, window=3)
+    part = model.layers[1].attention.q_proj
+    q = torch.randn(1, 2, 37, 16)
+    with pytest.raises(RuntimeError, match="did not get masks"):
+        gna_transformers.attention(part, q, q, q, None)
 
 
 @ALL

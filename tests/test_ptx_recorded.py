@@ -41,9 +41,7 @@ def test_interpreter_computes_what_the_gpu_did(name: str) -> None:
 
     inputs = recorded("q"), recorded("k"), recorded("v")
     valid = torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None
-    out, lse, _ = hopper.run(
-        problem.gnas, inputs, problem.config, problem.tiles, scale=problem.scale, text_valid=valid
-    )
+    out, lse, _ = hopper.run(problem.gnas, inputs, problem.config, problem.tiles, scale=problem.scale, text_valid=valid)
     expected = recorded("out")
     assert out.isfinite().all()
     assert (out == expected).double().mean() >= LEAST_EQUAL

@@ -29,7 +29,7 @@ NAME = "gna_flex"
 STATE = "_gna_flex"
 """The attribute of a model that :class:`Configured` is kept in."""
 GROUP = "_gna_flex_group"
-"""The attribute of an attention layer with the number of its group."""
+"""The attribute of an attention layer, and of the modules inside of it, with the number of its group."""
 ARGUMENT = "gna_flex_masks"
 """The keyword argument that masks are passed on in."""
 IMAGE_MODELS = {
@@ -92,7 +92,10 @@ def attention(
     elif group is None:
         mask = None
     elif masks is None:
-        raise RuntimeError("the model did not get masks, or does not pass them on: call the model given to configure")
+        raise RuntimeError(
+            "the model did not get masks, or does not pass them on: call the model given to configure, and have "
+            "transformers >= 5.23"
+        )
     elif attention_mask is not None:
         raise ValueError("attention_mask: image models with neighborhoods take no further mask")
     else:
@@ -334,8 +337,9 @@ def configure(
     register()
     configured = Configured(plan, base.config, base.config._attn_implementation)
     core.set_attn_implementation(NAME)
-    for layer, module in enumerate(attentions):
-        setattr(module, GROUP, plan.group(layer))
+    for layer, attention_layer in enumerate(attentions):
+        for module in attention_layer.modules():  # older versions call attention from a module inside of the layer
+            setattr(module, GROUP, plan.group(layer))
     configured.hook = core.register_forward_pre_hook(configured.before_forward, with_kwargs=True)
     setattr(core, STATE, configured)
 
@@ -352,8 +356,9 @@ def remove(model: nn.Module) -> None:
     if configured is None:
         return
     configured.hook.remove()
-    for module in _attentions(base):
-        delattr(module, GROUP)
+    for attention_layer in _attentions(base):
+        for module in attention_layer.modules():
+            delattr(module, GROUP)
     core.set_attn_implementation(configured.implementation)
     delattr(core, STATE)
 
