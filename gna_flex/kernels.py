@@ -17,6 +17,17 @@ _package: str | None = None
 _generation: int = 0
 
 
+def kernel_for(capability: tuple[int, int] | None) -> str:
+    """The kernel, and the route, for GPUs of a compute capability; empty if there is none.
+
+    >>> kernel_for((9, 0)), kernel_for((10, 3)), kernel_for((12, 0))
+    ('hopper', 'blackwell', '')
+    """
+    if capability is None:
+        return ""
+    return "hopper" if capability == (9, 0) else "blackwell" if capability[0] == 10 else ""
+
+
 def missing() -> str:
     """Why no kernel can be compiled or launched in this process; empty if nothing is known against it.
 

@@ -168,10 +168,10 @@ def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 @functools.lru_cache(maxsize=256)
 def _plan(*arguments: Any) -> Plan:
     """The plan of a call to the kernel, found by the numbers that operators take."""
-    from gna_flex.cuda.forward import Request, plan
+    from gna_flex.cuda.forward import plan, request_on
 
     *numbers, head_dim, float16, device = arguments
-    return plan(Request(_gnas(*numbers), head_dim, float16, device))
+    return plan(request_on(device, _gnas(*numbers), head_dim, float16))
 
 
 def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ import pytest
 from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcodes
 
 from gna_flex.cuda import jit
-from gna_flex.cuda.blackwell import ARCHITECTURES, HEAD_DIMS, THREADS, BlackwellConfig
-from gna_flex.cuda.kernel import SHARED_LIMIT
+from gna_flex.cuda.blackwell import ARCHITECTURES, FAMILY, HEAD_DIMS, BlackwellConfig
+from gna_flex.cuda.config import SHARED_LIMIT
 
 needs_nvrtc()
 
@@ -55,22 +55,18 @@ def name_of(config: BlackwellConfig) -> str:
 configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 
 
-def source() -> str:
-    return (jit.source_folder() / "blackwell" / "forward.cu").read_text()
-
-
 @functools.cache
 def built(config: BlackwellConfig, arch: str = "sm_100a") -> jit.Cubin:
     """The kernel, plus what the compiler itself checks: sizes and offsets that Python relies on."""
-    text = source() + layout_checks(config.shared_bytes, config.map_sets, config.text)
-    return jit.compile(text, arch=arch, defines=config.defines(), name="blackwell_forward.cu")
+    text = config.source() + layout_checks(config.shared_bytes, config.map_sets, config.text)
+    return jit.compile(text, arch=arch, defines=config.defines(), name="blackwell_forward.cu", include=config.include())
 
 
 @configs
 def test_registers_and_spills(config):
     log = built(config).log
     (usage,) = jit.resource_usage(log)
-    assert usage.registers * THREADS <= 1 << 16
+    assert usage.registers * config.threads <= 1 << 16
     assert usage.registers == REGISTERS
     assert usage.shared == 0, "all of it is asked for at the launch"
     assert jit.spills(log) <= SPILLED_BYTES
@@ -78,7 +74,7 @@ def test_registers_and_spills(config):
     assert config.shared_bytes <= SHARED_LIMIT
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "sm_100a"])
+@pytest.mark.parametrize("arch", [ARCHITECTURES[10, 3], FAMILY])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("text", [False, True])
 def test_all_architectures(arch, head_dim, text):
@@ -97,9 +93,9 @@ def test_older_architectures_refuse_it():
 def test_python_and_cuda_agree_or_it_does_not_compile():
     """The checks of :func:`built` are no empty words."""
     config = BlackwellConfig(128)
-    wrong = source() + layout_checks(config.shared_bytes + 16, 1, text=False)
+    wrong = config.source() + layout_checks(config.shared_bytes + 16, 1, text=False)
     with pytest.raises(jit.CompileError, match=f"Python has {config.shared_bytes + 16}"):
-        jit.compile(wrong, arch="sm_100a", defines=config.defines())
+        jit.compile(wrong, arch="sm_100a", defines=config.defines(), include=config.include())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +114,7 @@ def test_python_and_cuda_agree_or_it_does_not_compile():
 )
 def test_what_is_not_possible_does_not_compile(config, words):
     with pytest.raises(jit.CompileError, match=words):
-        jit.compile(source(), arch="sm_100a", defines=config.defines())
+        config.compile("sm_100a")
 
 
 @pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")

@@ -336,8 +336,11 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, error: Exce
 
 def test_sources_are_found() -> None:
     assert (jit.source_folder() / "README.md").is_file()
-    for name, text in jit.headers().items():
-        assert (jit.source_folder() / name).read_text() == text
+    for kernel in ("hopper", "blackwell"):
+        found = jit.headers(kernel)
+        assert {Path(name).parent.name for name in found} == {"common", kernel}
+        for name, text in found.items():
+            assert (jit.source_folder() / name).read_text() == text
 
 
 def test_sources_of_a_wheel_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -351,7 +354,7 @@ def test_sources_of_a_wheel_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path
     nested.mkdir(parents=True)
     (nested / "x.cuh").write_text("int x;")
     assert jit.source_folder() == tmp_path / "gna_flex" / "csrc"
-    assert jit.headers() == {"common/x.cuh": "int x;"}
+    assert jit.headers("hopper") == {"common/x.cuh": "int x;"}
 
 
 # What ptxas says

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcodes
 
-from gna_flex.cuda import forward, jit
-from gna_flex.cuda.kernel import HEAD_DIMS, SHARED_LIMIT, Config
+from gna_flex.cuda import jit
+from gna_flex.cuda.config import SHARED_LIMIT
+from gna_flex.cuda.kernel import HEAD_DIMS, Config
 
 needs_nvrtc()
 
@@ -25,7 +26,7 @@ def fitting(config: Config) -> Config:
     return config if config.shared_bytes <= SHARED_LIMIT else replace(config, query_stages=1)
 
 
-DEFAULTS = [config for head_dim in HEAD_DIMS for config in forward.default_configs(head_dim)]
+DEFAULTS = [config for head_dim in HEAD_DIMS for config in Config.defaults(head_dim)]
 CONFIGS = [
     *DEFAULTS,
     *(replace(config, text=True) for config in DEFAULTS),
@@ -64,21 +65,15 @@ configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 @functools.cache
 def built(config: Config) -> jit.Cubin:
     """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
-    source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
-    return jit.compile(
-        source + layout_checks(config.shared_bytes, config.map_sets, config.text),
-        defines=config.defines(),
-        name="hopper_forward.cu",
-        include=jit.headers() | {"hopper/generated.cuh": config.generated_header()},
-    )
+    source = config.source() + layout_checks(config.shared_bytes, config.map_sets, config.text)
+    return jit.compile(source, defines=config.defines(), name="hopper_forward.cu", include=config.include())
 
 
 @configs
 def test_registers_spills_and_speed(config):
     log = built(config).log
     (usage,) = jit.resource_usage(log)
-    threads = 128 * (config.consumers + 1)
-    assert usage.registers <= REGISTERS // threads // SMALL_REGISTERS * SMALL_REGISTERS
+    assert usage.registers <= REGISTERS // config.threads // SMALL_REGISTERS * SMALL_REGISTERS
     assert usage.shared == 0, "all of it is asked for at the launch"
     assert jit.spills(log) <= spill_budget(config)
     # C7510 and its like: products that wait for each other, or for the registers of the one before.
@@ -89,11 +84,9 @@ def test_registers_spills_and_speed(config):
 def test_python_and_cuda_agree_or_it_does_not_compile():
     """The checks of :func:`built` are no empty words."""
     config = DEFAULTS[0]
-    include = jit.headers() | {"hopper/generated.cuh": config.generated_header()}
     wrong = f'static_assert(kSharedBytes == {config.shared_bytes + 16}, "Python has another number");'
-    source = (jit.source_folder() / "hopper" / "forward.cu").read_text() + wrong
     with pytest.raises(jit.CompileError, match="Python has another number"):
-        jit.compile(source, defines=config.defines(), include=include)
+        jit.compile(config.source() + wrong, defines=config.defines(), include=config.include())
 
 
 @pytest.mark.parametrize(
@@ -106,10 +99,8 @@ def test_python_and_cuda_agree_or_it_does_not_compile():
     ids=["head-dim", "keys", "memory"],
 )
 def test_what_is_not_possible_does_not_compile(config, words):
-    include = jit.headers() | {"hopper/generated.cuh": config.generated_header()}
-    source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
     with pytest.raises(jit.CompileError, match=words):
-        jit.compile(source, defines=config.defines(), include=include)
+        config.compile("sm_90a")
 
 
 @pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")

@@ -17,8 +17,9 @@ import gna_flex
 from gna_flex import GNA, gna_mask, kernels
 from gna_flex.cli import main
 from gna_flex.cuda import jit, tune
-from gna_flex.cuda.forward import Request, default_configs, estimated
-from gna_flex.cuda.kernel import HEAD_DIMS, SHARED_LIMIT, Config
+from gna_flex.cuda.config import SHARED_LIMIT
+from gna_flex.cuda.forward import Request, estimated
+from gna_flex.cuda.kernel import HEAD_DIMS, Config
 from gna_flex.cuda.tables import KernelTiles
 from gna_flex.presets import PRESETS
 from gna_flex.routing import facts_on
@@ -86,16 +87,16 @@ def test_candidates(request_):
     assert found[0] == estimated(request_)
     assert len(set(found)) == len(found)
     assert 1 < len(found) <= 8 or request_.gnas[0].layout == (7,)
-    known = set(tune.configs(request_.head_dim))
+    known = set(Config.variants(request_.head_dim))
     for config, tiles in found:
         assert config in known
-        assert (tiles.groups, tiles.kv_slots) == (config.consumers, config.keys)
+        assert config.fits(tiles)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_configurations_fit(head_dim):
-    found = tune.configs(head_dim)
-    assert found[: len(default_configs(head_dim))] == default_configs(head_dim)
+    found = Config.variants(head_dim)
+    assert found[: len(Config.defaults(head_dim))] == Config.defaults(head_dim)
     assert len(set(found)) == len(found)
     for config in found:
         assert config.head_dim == head_dim
@@ -106,7 +107,7 @@ def test_configurations_fit(head_dim):
 
 
 def test_a_configuration_that_needs_too_much_memory_has_fewer_query_slots():
-    assert [config.query_stages for config in tune.configs(128) if config.keys == 160] == [1]
+    assert [config.query_stages for config in Config.variants(128) if config.keys == 160] == [1]
 
 
 @pytest.mark.slow
@@ -116,11 +117,8 @@ def test_configurations_compile(head_dim):
         jit._nvrtc()
     except ImportError as error:
         pytest.skip(str(error))
-    source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
-    for config in tune.configs(head_dim):
-        include = jit.headers() | {"hopper/generated.cuh": config.generated_header()}
-        log = jit.compile(source, defines=config.defines(), include=include).log
-        assert jit.performance_warnings(log) == []
+    for config in Config.variants(head_dim):
+        assert jit.performance_warnings(config.compile("sm_90a").log) == []
 
 
 # The race
@@ -184,9 +182,9 @@ def stored(choice: int = -1) -> tune.Measurement:
 
 @pytest.mark.parametrize("choice", range(4))
 def test_round_trip(choice, folder, caplog):
-    assert tune.read(entry(), 128) is None
+    assert tune.read(entry(), REQUEST) is None
     chosen = stored(choice)
-    assert tune.read(entry(), 128) == (chosen.config, chosen.tiles)
+    assert tune.read(entry(), REQUEST) == (chosen.config, chosen.tiles)
     assert shapes_for(REQUEST) == (chosen.config, chosen.tiles)
     assert [path.name for path in folder.iterdir()] == [entry().name]
     assert tune.tuned_entries() == 1
@@ -333,11 +331,11 @@ def test_two_processes_write_and_one_reads(folder, caplog):
     possible = {(one.config, one.tiles) for one in (tuning_of(REQUEST, choice).chosen for choice in (1, 2))}
     seen = set()
     while any(writer.is_alive() for writer in writers):
-        seen.add(tune.read(entry(), 128))
+        seen.add(tune.read(entry(), REQUEST))
         time.sleep(1e-3)
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert seen - {None} <= possible
-    assert tune.read(entry(), 128) in possible
+    assert tune.read(entry(), REQUEST) in possible
     assert [path.name for path in folder.iterdir()] == [entry().name]
     assert not warnings_in(caplog)
 

@@ -1,49 +1,56 @@
-"""The Blackwell forward kernel: its compile-time configuration. It compiles, and no call is routed to it yet.
-
-Records, windows, parameters and tensor maps are those of the Hopper kernel; see :mod:`gna_flex.cuda.forward`.
-"""
+"""The Blackwell forward kernel: its compile-time configuration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-ARCHITECTURES = ("sm_100a", "sm_100f", "sm_103a")
-"""What the kernel is compiled for: B200 alone, its whole family, and B300."""
+from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig
+
+ARCHITECTURES = {(10, 0): "sm_100a", (10, 3): "sm_103a"}
+"""Architectures of B200 and B300, by capability."""
+FAMILY = "sm_100f"
+"""What all GPUs of the family have in common, for those that are not known yet."""
 HEAD_DIMS = (32, 64, 96, 128)
-"""Compiled head dims; others are padded to the next one with zeros."""
 ROWS = 128
-"""Queries of one tile, and text tokens in its box; a CTA has two tiles."""
-THREADS = 512
-"""Threads of one CTA."""
+"""Queries of one tile, and text tokens in its box."""
+TILES = 2
+"""Tiles of a CTA, which share their key boxes."""
+MOST_STAGES = 6
+"""More slots of keys are of no use: loads are a few boxes ahead as it is."""
+POLYNOMIAL = {(10, 0): 2}
+"""Of 8 pairs of exponentials in the middle columns, those without the unit for them: an eighth of all where that unit
+is the slowest part, on B200; B300 has twice as many."""
 
 
 @dataclass(frozen=True)
-class BlackwellConfig:
-    """Everything that is fixed when the kernel is compiled; see ``csrc/blackwell/forward.cu``.
+class BlackwellConfig(KernelConfig):
+    """A configuration of the Blackwell kernel; see ``csrc/blackwell/forward.cu``.
 
     Attributes:
-        head_dim: columns, one of :data:`HEAD_DIMS`.
         keys: key rows of a shared-memory slot: 32, 64, 96 or 128.
         key_stages: slots, each for keys or values of one box.
         output_stages: slots of output, each for one tile and one chunk of columns.
         polynomial: of 8 pairs of exponentials in the middle columns, those without the unit for exponentials.
-        float16: float16 instead of bfloat16.
-        dilated: whether a dimension is dilated.
-        map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
-        text: whether there are text tokens.
-        bounded_waits: polls after which a wait traps; 0 is for ever. For debugging.
     """
 
-    head_dim: int
-    keys: int = 128
     key_stages: int = 3
     output_stages: int = 2
     polynomial: int = 0
-    float16: bool = False
-    dilated: bool = False
-    map_sets: int = 1
-    text: bool = False
-    bounded_waits: int = 0
+
+    folder: ClassVar[str] = "blackwell"
+    head_dims: ClassVar[tuple[int, ...]] = HEAD_DIMS
+    rows: ClassVar[int] = ROWS
+
+    @property
+    def groups(self) -> int:
+        """Boxes of queries: two tiles."""
+        return TILES
+
+    @property
+    def threads(self) -> int:
+        """Sixteen warps."""
+        return 512
 
     @property
     def shared_bytes(self) -> int:
@@ -52,23 +59,47 @@ class BlackwellConfig:
         >>> BlackwellConfig(128).shared_bytes
         200240
         """
-        row = 128 if self.head_dim % 64 == 0 else 64
-        queries, outputs = 2 * ROWS * self.head_dim * 2, self.output_stages * ROWS * row
+        queries, outputs = TILES * ROWS * self.head_dim * 2, self.output_stages * ROWS * 2 * self.columns
         ring = self.key_stages * self.keys * self.head_dim * 2
-        tables = (self.keys + 5) * 16 + 2 * ROWS * 4 + 2 * 128
+        tables = (self.keys + 5) * 16 + TILES * ROWS * 4 + 2 * 128
         return queries + outputs + ring + tables + 8 * (16 + 2 * self.key_stages + 2 * self.output_stages) + 16
+
+    @classmethod
+    def arch(cls, capability: Capability) -> str:
+        """The GPU's own architecture where that is known, else that of its family.
+
+        >>> BlackwellConfig.arch((10, 3))
+        'sm_103a'
+        """
+        return ARCHITECTURES.get(capability, FAMILY)
+
+    @classmethod
+    def defaults(cls, head_dim: int, capability: Capability = (10, 0)) -> tuple[BlackwellConfig, ...]:
+        """One configuration: as many slots as shared memory has room for.
+
+        >>> [(config.head_dim, config.key_stages) for config in BlackwellConfig.defaults(40)]
+        [(64, 6)]
+        """
+        return (cls._with_keys(128, head_dim, capability),)
+
+    @classmethod
+    def variants(cls, head_dim: int, capability: Capability = (10, 0)) -> tuple[BlackwellConfig, ...]:
+        """Configurations worth measuring: the default one, smaller slots, and another share of polynomials.
+
+        >>> [(config.keys, config.polynomial) for config in BlackwellConfig.variants(128)]
+        [(128, 2), (96, 2), (128, 0)]
+        """
+        (default,) = cls.defaults(head_dim, capability)
+        other = replace(default, polynomial=0 if default.polynomial else 2)
+        return default, cls._with_keys(96, head_dim, capability), other
+
+    @classmethod
+    def _with_keys(cls, keys: int, head_dim: int, capability: Capability) -> BlackwellConfig:
+        polynomial = POLYNOMIAL.get(capability, 0)
+        found = (cls(cls.padded(head_dim), keys, n, polynomial=polynomial) for n in range(MOST_STAGES, 1, -1))
+        return next(config for config in found if config.shared_bytes <= SHARED_LIMIT)
 
     def defines(self) -> dict[str, int]:
         """Macros of the kernel's source."""
-        return {
-            "HEAD_DIM": self.head_dim,
-            "KEYS": self.keys,
-            "KEY_STAGES": self.key_stages,
-            "OUTPUT_STAGES": self.output_stages,
-            "POLYNOMIAL": self.polynomial,
-            "FLOAT16": int(self.float16),
-            "DILATED": int(self.dilated),
-            "MAP_SETS": self.map_sets,
-            "TEXT": int(self.text),
-            "BOUNDED_WAITS": self.bounded_waits,
-        }
+        own = {"KEY_STAGES": self.key_stages, "OUTPUT_STAGES": self.output_stages, "POLYNOMIAL": self.polynomial}
+        return super().defines() | own

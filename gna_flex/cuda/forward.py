@@ -1,4 +1,4 @@
-"""Runs the Hopper forward kernel: plans for masks and sizes, tensor maps for tensors, the launch.
+"""Runs the forward kernels: plans for masks and sizes, tensor maps for tensors, the launch.
 
 Shapes: ``q`` is ``[B, H, S, D]``, ``k`` and ``v`` are ``[B, Hkv, S, D]``, any strides that tensor maps can express.
 """
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gna_flex.cuda import driver, jit
-from gna_flex.cuda.kernel import HEAD_DIMS, Config
+from gna_flex.cuda import driver
+from gna_flex.cuda.blackwell import BlackwellConfig
+from gna_flex.cuda.config import Capability, KernelConfig
+from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.shapes import choose, cost
 from gna_flex.cuda.tables import (
     LENGTHS,
@@ -29,11 +31,13 @@ from gna_flex.cuda.tables import (
     window_table,
     work_records,
 )
-from gna_flex.kernels import lasting
+from gna_flex.kernels import kernel_for, lasting
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
 
 Int3 = ctypes.c_int * 3
+KERNELS: dict[str, type[KernelConfig]] = {config.folder: config for config in (Config, BlackwellConfig)}
+"""Configurations of all kernels, by the kernel's name."""
 REMEMBERED_CALLS = 256
 """Calls (tensors at the same addresses) whose maps a launcher keeps."""
 LOG2_E = math.log2(math.e)
@@ -79,14 +83,30 @@ def parameters(map_sets: int) -> type[ctypes.Structure]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is made for. ``gnas`` is one GNA, or one per query head (same layout, dilation and text)."""
+    """What a plan is made for. ``gnas`` is one GNA, or one per query head (same layout, dilation and text).
+
+    ``capability`` is that of the device; it decides which kernel's configurations are chosen from.
+    """
 
     gnas: tuple[GNA, ...]
     head_dim: int
     float16: bool
     device: int
     tiles: KernelTiles | None = None
-    config: Config | None = None
+    config: KernelConfig | None = None
+    capability: Capability = (9, 0)
+
+    @property
+    def kernel(self) -> type[KernelConfig]:
+        """Configurations of the kernel for the device.
+
+        Raises:
+            ValueError: if there is none for it.
+        """
+        name = kernel_for(self.capability)
+        if not name:
+            raise ValueError(f"no kernel is written for compute capability {self.capability}")
+        return KERNELS[name]
 
 
 class Plan:
@@ -105,22 +125,22 @@ class Plan:
         self.plain = [c == PLAIN for c in classes]
         self.text = (gna.text_first, gna.text_last)
         self.config, self.tiles = self._shapes(len(classes))
-        code = jit.compile(
-            (jit.source_folder() / "hopper" / "forward.cu").read_text(),
-            arch="sm_90a",
-            defines=self.config.defines(),
-            name="hopper_forward.cu",
-            include=jit.headers() | {"hopper/generated.cuh": self.config.generated_header()},
-        )
-        self.log = code.log
-        self.kernel = driver.Kernel(code.code, "gna_forward", self.config.shared_bytes)
-        self.threads = 128 * (self.config.consumers + 1)
+        if not self.config.fits(self.tiles):
+            raise ValueError(f"{self.tiles} do not fit {self.config}")
         device = torch.device("cuda", request.device)
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._load(device)
         self._tables(gnas, classes, device)
         self._launchers: dict[tuple[object, ...], Launcher] = {}
 
-    def _shapes(self, map_sets: int) -> tuple[Config, KernelTiles]:
+    def _load(self, device: torch.device) -> None:
+        """The kernel, compiled for the device."""
+        facts = torch.cuda.get_device_properties(device)
+        self.processors = facts.multi_processor_count
+        code = self.config.compile(self.config.arch((facts.major, facts.minor)))
+        self.log = code.log
+        self.kernel = driver.Kernel(code.code, "gna_forward", self.config.shared_bytes)
+
+    def _shapes(self, map_sets: int) -> tuple[KernelConfig, KernelTiles]:
         from gna_flex.cuda.tune import shapes_for  # which makes plans itself
 
         request = self.request
@@ -151,7 +171,7 @@ class Plan:
         params.items_per_head, params.window_rows = len(records[0]), len(windows[0][0])
         params.tokens = self.gna.tokens
         tiles = self.tiles
-        params.text_items = text_item_count(self.gna, tiles.groups)
+        params.text_items = text_item_count(self.gna, tiles.groups, tiles.rows)
         params.box, params.keys = Int3(*tiles.box), Int3(*tiles.kv_tile)
         params.beside = Int3(*(tiles.box[axis] if axis == tiles.split else 0 for axis in range(3)))
         for row, c in enumerate(classes):
@@ -250,7 +270,7 @@ class Plan:
         for after, count in enumerate(self.text):
             if count:
                 start = 0 if after == 0 else self.text[0] + self.gna.grid_tokens
-                text_box = (1, 1, math.prod(tiles.kv_tile) if is_keys else 64)
+                text_box = (1, 1, math.prod(tiles.kv_tile) if is_keys else tiles.rows)
                 wide = head_dim + (0 if places else (heads - 1) * head_stride)
                 line = [groups[0], groups[1], token]
                 encode(self.config.map_sets + after, start, (1, 1, count), line, text_box, wide)
@@ -266,7 +286,7 @@ class Launcher:
         batch, heads, tokens, self.head_dim = query.shape
         self.rows, self.device = (batch, heads, tokens), query.device
         grid = min(plan.processors, plan.params.items_per_head * batch * heads)
-        self.shape = ((grid, 1, 1), (plan.threads, 1, 1), plan.config.shared_bytes)
+        self.shape = ((grid, 1, 1), (plan.config.threads, 1, 1), plan.config.shared_bytes)
         self._known: dict[tuple[object, ...], driver.Arguments] = {}
         self._lock = threading.Lock()
 
@@ -310,7 +330,7 @@ def _small(name: str, number: int) -> int:
         ValueError: if it does not.
     """
     if number >= 1 << 31:
-        raise ValueError(f"{number} {name}: the hopper kernel counts up to 2**31; backend('flex-tiles') takes the call")
+        raise ValueError(f"{number} {name}: the kernel counts up to 2**31; backend('flex-tiles') takes the call")
     return number
 
 
@@ -328,27 +348,12 @@ def can_map(x: Tensor) -> bool:
     return is_dense(x) or (x.shape[-1] % 64 == 0 and x.shape[1] * x.stride(1) < 1 << 31)
 
 
-def default_configs(head_dim: int) -> tuple[Config, ...]:
-    """Configurations for a head dim; tiles of the least estimated cost decide between them.
-
-    Measured on an H200: 3 warpgroups and 112 keys beat 2 and 192 by 15 % at head dim 64, and more than 128 keys at head
-    dim 128 leave too few registers.
-    """
-    padded = next(size for size in HEAD_DIMS if size >= head_dim)
-    if padded == 192:
-        return (Config(padded, keys=96, query_stages=1),)
-    if padded == 256:
-        return (Config(padded, keys=64, query_stages=1),)
-    if padded == 64:
-        return tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
-    return tuple(Config(padded, keys) for keys in (128, 96))
-
-
-def estimated(request: Request) -> tuple[Config, KernelTiles]:
+def estimated(request: Request) -> tuple[KernelConfig, KernelTiles]:
     """Configuration and tiles of the least estimated cost, where the request leaves them open."""
     gnas = tuple(dict.fromkeys(request.gnas))
-    configs = (request.config,) if request.config else default_configs(request.head_dim)
-    shapes = [(config, request.tiles or choose(gnas, config.keys, config.consumers)) for config in configs]
+    known = request.config
+    configs = (known,) if known else request.kernel.defaults(request.head_dim, request.capability)
+    shapes = [(config, request.tiles or choose(gnas, config.keys, config.groups, config.rows)) for config in configs]
     return min(shapes, key=lambda shape: cost(gnas, shape[1]))
 
 
@@ -360,7 +365,12 @@ def plan(request: Request) -> Plan:
 
 def plan_for(gnas: tuple[GNA, ...], query: Tensor) -> Plan:
     """The plan for masks and a query ``[B, H, S, D]`` on its GPU."""
-    return plan(Request(gnas, query.shape[-1], query.dtype == torch.float16, query.device.index))
+    return plan(request_on(query.device.index, gnas, query.shape[-1], query.dtype == torch.float16))
+
+
+def request_on(device: int, gnas: tuple[GNA, ...], head_dim: int, float16: bool) -> Request:
+    """A request for the kernel of a device."""
+    return Request(gnas, head_dim, float16, device, capability=torch.cuda.get_device_capability(device))
 
 
 @functools.cache

@@ -95,10 +95,10 @@ def source_folder() -> Path:
     raise FileNotFoundError(f"no folder csrc in {package} or {package.parent}: the installation is incomplete")
 
 
-def headers() -> dict[str, str]:
-    """Every header of the source folder, by the name that kernels include it with."""
+def headers(kernel: str) -> dict[str, str]:
+    """Headers of a kernel's folder and those that kernels share, by the name that they are included with."""
     folder = source_folder()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".cuh", ".h"))
+    paths = sorted(path for part in ("common", kernel) for path in (folder / part).glob("*.cuh"))
     return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
@@ -113,16 +113,15 @@ def compile(
 ) -> Cubin:
     """Machine code of a CUDA C++ source: from this process, else from the cache, else from NVRTC.
 
-    ``defines`` become macros. ``include`` holds headers by name; None stands for those of the source folder.
-    ``options`` go to NVRTC after the usual ones. Safe to call from several threads and processes: they may compile
-    the same kernel, and one result stays.
+    ``defines`` become macros. ``include`` holds headers by name. ``options`` go to NVRTC after the usual ones. Safe to
+    call from several threads and processes: they may compile the same kernel, and one result stays.
 
     Raises:
         ImportError: cuda-bindings or NVRTC is not installed.
         CompileError: NVRTC refused the source or an option; the message holds its log.
         ValueError: an architecture or a macro that NVRTC could misread.
     """
-    include = headers() if include is None else include
+    include = include or {}
     flags = _flags(arch, defines, options)
     key = _key(source, include, flags, name)
     folder = cache_folder()

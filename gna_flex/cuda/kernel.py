@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-SHARED_LIMIT = 232_448
-"""Bytes of shared memory that one CTA can have."""
+from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig
+from gna_flex.cuda.tables import ROWS
+
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-"""Compiled head dims; others are padded to the next one with zeros."""
+SLOTS = (192, 160, 144, 128, 112, 96)
+"""Key rows of a slot that two consumers may have, beside those of the default configurations."""
+MOST_REGISTERS = 184
+"""Registers for output, scores and weights that leave a thread of two consumers enough for the rest."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that is fixed when the kernel is compiled; see ``csrc/hopper/forward.cu``.
+class Config(KernelConfig):
+    """A configuration of the Hopper kernel; see ``csrc/hopper/forward.cu``.
 
     Attributes:
-        head_dim: columns, one of :data:`HEAD_DIMS`.
         keys: key rows of a shared-memory slot, a multiple of 16.
         consumers: warpgroups of 64 queries each.
         query_stages, key_stages: slots of queries, and of keys and of values.
-        float16: float16 instead of bfloat16.
-        dilated: whether a dimension is dilated.
-        map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
-        text: whether there are text tokens.
-        bounded_waits: polls after which a wait traps; 0 is for ever. For debugging.
     """
 
-    head_dim: int
-    keys: int = 128
     consumers: int = 2
     query_stages: int = 2
     key_stages: int = 2
-    float16: bool = False
-    dilated: bool = False
-    map_sets: int = 1
-    text: bool = False
-    bounded_waits: int = 0
+
+    folder: ClassVar[str] = "hopper"
+    head_dims: ClassVar[tuple[int, ...]] = HEAD_DIMS
+    rows: ClassVar[int] = ROWS
 
     @property
-    def columns(self) -> int:
-        """Columns of one chunk of an operand in shared memory: one row is 128 or 64 bytes."""
-        return 64 if self.head_dim % 64 == 0 else 32
+    def groups(self) -> int:
+        """Boxes of queries: one for each consumer."""
+        return self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Consumers, and one more warpgroup that loads."""
+        return 128 * (self.consumers + 1)
 
     @property
     def shared_bytes(self) -> int:
@@ -50,25 +51,55 @@ class Config:
         199152
         """
         mask_words = -(-self.keys // 128)
-        queries = self.query_stages * self.consumers * 64 * self.head_dim * 2
+        queries = self.query_stages * self.consumers * ROWS * self.head_dim * 2
         keys = 2 * self.key_stages * self.keys * self.head_dim * 2
         tables = (self.keys + 5) * 16 * mask_words + 2 * 128 + 16 * self.key_stages
         return queries + keys + tables + 8 * (2 * 2 + 2 * self.query_stages + 4 * self.key_stages)
 
+    @classmethod
+    def arch(cls, capability: Capability) -> str:
+        """``sm_90a``: the one architecture that has the kernel's instructions."""
+        return "sm_90a"
+
+    @classmethod
+    def defaults(cls, head_dim: int, capability: Capability = (9, 0)) -> tuple[Config, ...]:
+        """Configurations for a head dim; tiles of the least estimated cost decide between them.
+
+        Measured on an H200: 3 warpgroups and 112 keys beat 2 and 192 by 15 % at head dim 64, and more than 128 keys at
+        head dim 128 leave too few registers.
+        """
+        padded = cls.padded(head_dim)
+        if padded == 192:
+            return (Config(padded, keys=96, query_stages=1),)
+        if padded == 256:
+            return (Config(padded, keys=64, query_stages=1),)
+        if padded == 64:
+            return tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
+        return tuple(Config(padded, keys) for keys in (128, 96))
+
+    @classmethod
+    def variants(cls, head_dim: int, capability: Capability = (9, 0)) -> tuple[Config, ...]:
+        """Configurations worth measuring: the default ones, and others that fit shared memory and registers.
+
+        >>> [(config.keys, config.consumers) for config in Config.variants(64)]
+        [(112, 3), (96, 3), (192, 2), (160, 2), (144, 2), (128, 2)]
+        """
+        defaults = cls.defaults(head_dim)
+        padded = cls.padded(head_dim)
+        keys = [n for n in SLOTS if n not in {config.keys for config in defaults}]
+        # Output and scores in float32, weights in half as many registers.
+        others = [Config(padded, n) for n in keys if padded // 2 + n * 3 // 4 <= MOST_REGISTERS]
+        others = [c if c.shared_bytes <= SHARED_LIMIT else replace(c, query_stages=1) for c in others]
+        return *defaults, *(config for config in others if config.shared_bytes <= SHARED_LIMIT)
+
     def defines(self) -> dict[str, int]:
         """Macros of the kernel's source."""
-        return {
-            "HEAD_DIM": self.head_dim,
-            "KEYS": self.keys,
-            "CONSUMERS": self.consumers,
-            "QUERY_STAGES": self.query_stages,
-            "KEY_STAGES": self.key_stages,
-            "FLOAT16": int(self.float16),
-            "DILATED": int(self.dilated),
-            "MAP_SETS": self.map_sets,
-            "TEXT": int(self.text),
-            "BOUNDED_WAITS": self.bounded_waits,
-        }
+        own = {"CONSUMERS": self.consumers, "QUERY_STAGES": self.query_stages, "KEY_STAGES": self.key_stages}
+        return super().defines() | own
+
+    def include(self) -> dict[str, str]:
+        """Headers that the source includes, by name; one of them is written for the configuration."""
+        return super().include() | {"hopper/generated.cuh": self.generated_header()}
 
     def generated_header(self) -> str:
         """``hopper/generated.cuh``: the two matrix multiplications, whose operand lists have one name per register."""

@@ -46,8 +46,6 @@ SLOTS = (128, 160, 144, 112, 96)
 
 With fewer the fixed cost of a box shows, and more need too many registers.
 """
-FEWEST_ROWS = 32
-"""Query boxes fill at least half of a warpgroup: small ones can fit a stride, tiny ones never pay."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -55,15 +53,17 @@ def choose(
     gnas: Gnas,
     kv_slots: int = 128,
     groups: int = 2,
+    rows: int = ROWS,
     mask_cost: float = MASK_COST,
     item_cost: float = ITEM_COST,
 ) -> KernelTiles:
-    """The shapes of least estimated time, out of all that fit ``kv_slots`` keys and ``groups`` warpgroups.
+    """The shapes of least estimated time, out of all that fit ``kv_slots`` keys and ``groups`` boxes of queries.
 
     Args:
         gnas: the neighborhood, or one per head (same layout, dilation and text).
         kv_slots: key rows of one shared-memory slot.
-        groups: warpgroups that share their key boxes.
+        groups: boxes of queries that share their key boxes.
+        rows: most queries of one box.
         mask_cost: extra cost of a masked key box, as a fraction of a box.
         item_cost: cost of one work item, in boxes of 128 keys.
 
@@ -73,7 +73,7 @@ def choose(
     >>> choose(GNA((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))).kv_tile
     (2, 8, 8)
     """
-    search = _search(gnas, kv_slots, groups, mask_cost, item_cost)
+    search = _search(gnas, kv_slots, groups, rows, mask_cost, item_cost)
     return search.tiles(int(np.argmin(search.costs)))
 
 
@@ -108,7 +108,12 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    gnas: Gnas, groups: int = 2, slots: tuple[int, ...] = SLOTS, per_slots: int = 2, limit: int = 6
+    gnas: Gnas,
+    groups: int = 2,
+    slots: tuple[int, ...] = SLOTS,
+    per_slots: int = 2,
+    limit: int = 6,
+    rows: int = ROWS,
 ) -> list[Candidate]:
     """The most promising shapes over several slot sizes, best first, for a caller that can measure them.
 
@@ -118,18 +123,18 @@ def candidates(
     >>> [best.tiles.kv_slots for best in candidates(GNA((256, 256), window=80, stride=16), per_slots=1, limit=2)]
     [128, 160]
     """
-    found = [best for size in slots for best in _best(gnas, size, groups, per_slots)]
+    found = [best for size in slots for best in _best(gnas, size, groups, rows, per_slots)]
     return sorted(found, key=lambda candidate: candidate.cost)[:limit]
 
 
-def _best(gnas: Gnas, kv_slots: int, groups: int, number: int) -> list[Candidate]:
+def _best(gnas: Gnas, kv_slots: int, groups: int, rows: int, number: int) -> list[Candidate]:
     """The best shapes with different key boxes, best first."""
-    search = _search(gnas, kv_slots, groups, MASK_COST, ITEM_COST)
-    rows = np.argmin(search.costs, axis=0)
-    columns = np.arange(len(rows))
-    best = search.costs[rows, columns]
+    search = _search(gnas, kv_slots, groups, rows, MASK_COST, ITEM_COST)
+    queries = np.argmin(search.costs, axis=0)
+    keys = np.arange(len(queries))
+    best = search.costs[queries, keys]
     order = np.argsort(best, kind="stable")[:number]
-    return [Candidate(search.tiles(int(rows[i] * len(rows) + i)), float(best[i])) for i in order]
+    return [Candidate(search.tiles(int(queries[i] * len(keys) + i)), float(best[i])) for i in order]
 
 
 class _Search(NamedTuple):
@@ -140,24 +145,26 @@ class _Search(NamedTuple):
     costs: np.ndarray
     groups: int
     kv_slots: int
+    rows: int
 
     def tiles(self, index: int) -> KernelTiles:
         """The combination with this index in the flattened costs."""
         (box, split), kv_tile = self.queries[index // len(self.keys)], self.keys[index % len(self.keys)]
-        return KernelTiles(box, self.groups, split, kv_tile, self.kv_slots)
+        return KernelTiles(box, self.groups, split, kv_tile, self.kv_slots, self.rows)
 
 
-def _search(gnas: Gnas, kv_slots: int, groups: int, mask_cost: float, item_cost: float) -> _Search:
+def _search(gnas: Gnas, kv_slots: int, groups: int, rows: int, mask_cost: float, item_cost: float) -> _Search:
     check_slots(kv_slots)
     heads = _heads(gnas)
     first = next(iter(heads))
-    queries, keys = query_shapes(first, groups), key_shapes(first, kv_slots)
+    queries, keys = query_shapes(first, groups, rows), key_shapes(first, kv_slots)
     sides = np.array([[side * (groups if a == split else 1) for a, side in enumerate(box)] for box, split in queries])
     tiles = np.array(keys)
     costs = np.zeros((len(queries), len(keys)))
     for gna, number in heads.items():
-        costs += number * _costs(gna, sides, tiles, kv_slots, groups, mask_cost, item_cost)
-    return _Search(queries, keys, costs, groups, kv_slots)
+        text_items = text_item_count(gna, groups, rows)
+        costs += number * _costs(gna, sides, tiles, kv_slots, text_items, mask_cost, item_cost)
+    return _Search(queries, keys, costs, groups, kv_slots, rows)
 
 
 def _heads(gnas: Gnas) -> Counter[GNA]:
@@ -170,7 +177,7 @@ def _heads(gnas: Gnas) -> Counter[GNA]:
 
 
 def _costs(
-    gna: GNA, sides: np.ndarray, tiles: np.ndarray, kv_slots: int, groups: int, mask_cost: float, item_cost: float
+    gna: GNA, sides: np.ndarray, tiles: np.ndarray, kv_slots: int, text_items: int, mask_cost: float, item_cost: float
 ) -> np.ndarray:
     """Cost of one head for all query tiles ``sides[Q, 3]`` and key boxes ``tiles[K, 3]``, ``[Q, K]``."""
     dims = padded_dims(gna)
@@ -181,7 +188,7 @@ def _costs(
         axis_boxes, axis_free, axis_items = _axis_totals(dim, side, tile, exact)
         boxes, free, items = boxes * axis_boxes, free * axis_free, items * axis_items
     # Text queries do not depend on the query tile, and visit the undivided grid.
-    text_items, lengths = text_item_count(gna, groups), np.array([dim[0] for dim in dims])
+    lengths = np.array([dim[0] for dim in dims])
     items = items[:, None] + text_items
     text, text_masked = _text_boxes(gna, keys, exact)
     boxes = boxes + (text_items * np.prod(ceil_div(lengths, tiles), axis=1) + items * text)
@@ -246,23 +253,24 @@ def _distinct_spans(dim: Dim, sides: np.ndarray) -> tuple[Spans, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=1024)
-def query_shapes(gna: GNA, groups: int) -> tuple[tuple[Triple, int], ...]:
+def query_shapes(gna: GNA, groups: int, rows: int = ROWS) -> tuple[tuple[Triple, int], ...]:
     """Boxes of queries worth comparing, each with the dimension along which the boxes of the warpgroups lie.
 
-    No side is longer than a dilation group. A box has at least 32 queries, unless the grid is too small for that.
+    No side is longer than a dilation group. A box is at least half full, unless the grid is too small for that: small
+    boxes can fit a stride, tiny ones never pay.
 
     >>> query_shapes(GNA((1, 2), 1), 2)
     (((1, 1, 1), 2), ((1, 1, 2), 2))
     """
     lengths = [ceil_div(dim[0], dim[3]) for dim in padded_dims(gna)]
-    fewest = FEWEST_ROWS if math.prod(lengths) >= ROWS else 1
+    fewest = rows // 2 if math.prod(lengths) >= rows else 1
     # Along a dimension of length 1 all but one warpgroup would have nothing to do.
     splits = [axis for axis in range(3) if lengths[axis] > 1] if groups > 1 else [2]
     boxes = [
         (a, b, c)
-        for a in range(1, min(lengths[0], ROWS) + 1)
-        for b in range(1, min(lengths[1], ROWS // a) + 1)
-        for c in range(1, min(lengths[2], ROWS // (a * b)) + 1)
+        for a in range(1, min(lengths[0], rows) + 1)
+        for b in range(1, min(lengths[1], rows // a) + 1)
+        for c in range(1, min(lengths[2], rows // (a * b)) + 1)
         if a * b * c >= fewest
     ]
     return tuple(itertools.product(boxes, splits or [2]))

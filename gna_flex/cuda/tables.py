@@ -294,7 +294,7 @@ def count(gna: GNA, tiles: KernelTiles) -> Count:
     return Count(items, text_items, boxes, boxes - free, items * text_boxes, items * text_masked)
 
 
-def text_item_count(gna: GNA, groups: int, rows: int = ROWS) -> int:
+def text_item_count(gna: GNA, groups: int, rows: int) -> int:
     """Work items that the text queries of one head need."""
     queries = rows * groups
     return int(ceil_div(gna.text_first, queries) + ceil_div(gna.text_last, queries))

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor
 
 from gna_flex import kernels, ops
-from gna_flex.cuda import forward, jit, kernel, shapes, tables
-from gna_flex.cuda.forward import Plan, Request, default_configs, estimated
-from gna_flex.cuda.kernel import SHARED_LIMIT, Config
-from gna_flex.cuda.tables import ROWS, KernelTiles
+from gna_flex.cuda import forward, jit, shapes, tables
+from gna_flex.cuda.config import KernelConfig
+from gna_flex.cuda.forward import Plan, Request, estimated, request_on
+from gna_flex.cuda.tables import KernelTiles
 from gna_flex.flex import foreign_to_kernels
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gna_flex")
 
-Shapes = tuple[Config, KernelTiles]
+Shapes = tuple[KernelConfig, KernelTiles]
 Result = tuple[Tensor, Tensor]
 """Output and log-sum-exp."""
 Progress = Callable[[int, int], object]
@@ -51,10 +52,6 @@ Sample = Callable[[Sequence[int]], list[float]]
 
 MOST_CANDIDATES = 8
 TILES_PER_CONFIG = 4
-SLOTS = (192, 160, 144, 128, 112, 96)
-"""Key rows of a slot that two consumers may have, beside those of the default configurations."""
-MOST_REGISTERS = 184
-"""Registers for output, scores and weights that leave a thread of two consumers enough for the rest."""
 GAIN = 0.01
 """The default stays unless something is faster by more than this share: less is noise."""
 SECONDS = 1.5
@@ -72,7 +69,7 @@ _lock = threading.Lock()
 class Measurement:
     """Shapes of the kernel, and the median time of one call with them."""
 
-    config: Config
+    config: KernelConfig
     tiles: KernelTiles
     milliseconds: float
 
@@ -112,12 +109,12 @@ class Tuning:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for name in ("", "query tile", "key tile"):
             table.add_column(name, no_wrap=True)
-        for name in ("key rows", "warpgroups", "ms", "speed-up"):
+        for name in ("key rows", "query boxes", "ms", "speed-up"):
             table.add_column(name, justify="right", no_wrap=True)
         for entry in self.measurements:
             name = " ".join(role for role, one in (("*", self.chosen), ("default", self.default)) if one == entry)
             sides = (by_x(tile[3 - self.gnas[0].ndim :]) for tile in (entry.tiles.q_tile, entry.tiles.kv_tile))
-            numbers = (str(entry.config.keys), str(entry.config.consumers), f"{entry.milliseconds:,.3f}")
+            numbers = (str(entry.config.keys), str(entry.config.groups), f"{entry.milliseconds:,.3f}")
             speedup = times(self.default.milliseconds / entry.milliseconds)
             table.add_row(name, *sides, *numbers, speedup, style="bold" if entry == self.chosen else "")
         mask = str(self.gnas[0]) if len(self.gnas) == 1 else f"{len(self.gnas)} masks, the first {self.gnas[0]}"
@@ -172,7 +169,7 @@ def tune(
     facts = facts_on(where, dtype, head_dim, batch * heads * gnas[0].tokens ** 2)
     require_kernel(facts._replace(foreign=foreign))
     index = torch.cuda.current_device() if where.index is None else where.index
-    request = Request(gnas, head_dim, dtype == torch.float16, index)
+    request = request_on(index, gnas, head_dim, dtype == torch.float16)
     with _lock:
         tuning = measure(request, heads, batch, progress)
     write(entry_path(request, tuning.device), tuning.chosen)
@@ -209,21 +206,6 @@ def forget_plans() -> None:
 # Candidates
 
 
-def configs(head_dim: int) -> tuple[Config, ...]:
-    """Configurations worth measuring: the default ones, and others that fit shared memory and registers.
-
-    >>> [(config.keys, config.consumers) for config in configs(64)]
-    [(112, 3), (96, 3), (192, 2), (160, 2), (144, 2), (128, 2)]
-    """
-    defaults = default_configs(head_dim)
-    padded = defaults[0].head_dim
-    keys = [n for n in SLOTS if n not in {config.keys for config in defaults}]
-    # Output and scores in float32, weights in half as many registers.
-    others = [Config(padded, n) for n in keys if padded // 2 + n * 3 // 4 <= MOST_REGISTERS]
-    others = [c if c.shared_bytes <= SHARED_LIMIT else replace(c, query_stages=1) for c in others]
-    return *defaults, *(config for config in others if config.shared_bytes <= SHARED_LIMIT)
-
-
 def candidates(request: Request) -> list[Shapes]:
     """Shapes worth measuring, all different: the default first, then the best tiles of every configuration, and so on.
 
@@ -234,10 +216,11 @@ def candidates(request: Request) -> list[Shapes]:
     """
     gnas = tuple(dict.fromkeys(request.gnas))
     found: list[tuple[int, float, Shapes]] = []
-    for config in configs(request.head_dim):
-        best = shapes.candidates(gnas, config.consumers, (config.keys,), TILES_PER_CONFIG, TILES_PER_CONFIG)
-        # Estimates are in key boxes, which take longer the more warpgroups share them.
-        found += [(place, one.cost * config.consumers, (config, one.tiles)) for place, one in enumerate(best)]
+    for config in request.kernel.variants(request.head_dim, request.capability):
+        most = (TILES_PER_CONFIG, TILES_PER_CONFIG)
+        best = shapes.candidates(gnas, config.groups, (config.keys,), *most, config.rows)
+        # Estimates are in key boxes, which take longer the more boxes of queries share them.
+        found += [(place, one.cost * config.groups, (config, one.tiles)) for place, one in enumerate(best)]
     found.sort(key=lambda entry: entry[:2])
     return list(dict.fromkeys([estimated(request), *(entry[2] for entry in found)]))[:MOST_CANDIDATES]
 
@@ -388,14 +371,14 @@ def shapes_for(
     captured, which a measurement would break.
     """
     path = entry_path(request, gpu)
-    found = read(path, request.head_dim)
+    found = read(path, request)
     if found or os.environ.get("GNA_FLEX_AUTOTUNE", "0") in ("", "0"):
         return found or estimated(request)
     if capturing():
         log.debug("not tuned while a CUDA graph is captured: %s", request)
         return estimated(request)
     with _lock:
-        if found := read(path, request.head_dim):  # another thread was faster
+        if found := read(path, request):  # another thread was faster
             return found
         begin = time.perf_counter()
         try:
@@ -413,26 +396,34 @@ def entry_path(request: Request, gpu: str) -> Path:
     from gna_flex import __version__  # the package may still be importing this module
 
     gnas = request.gnas if len(set(request.gnas)) > 1 else request.gnas[:1]
-    parts = [__version__, source_digest(), gpu, request.head_dim, request.float16, [asdict(gna) for gna in gnas]]
+    parts = [
+        __version__,
+        source_digest(request.kernel),
+        gpu,
+        request.head_dim,
+        request.float16,
+        [asdict(gna) for gna in gnas],
+    ]
     return jit.cache_folder() / f"{PREFIX}{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}{SUFFIX}"
 
 
 @functools.cache
-def source_digest() -> str:
-    """Checksum of the kernel: its sources, and the modules that write a part of it and its tables."""
-    texts = [*sorted(jit.headers().items()), (jit.source_folder() / "hopper" / "forward.cu").read_text()]
-    texts += [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (kernel, tables)]
+def source_digest(kernel: type[KernelConfig]) -> str:
+    """Checksum of a kernel: its sources, and the modules that write a part of it and its tables."""
+    texts = [*sorted(jit.headers(kernel.folder).items()), kernel.source()]
+    files = [str(sys.modules[kernel.__module__].__file__), tables.__file__]
+    texts += [Path(file).read_text(encoding="utf-8") for file in files]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def read(path: Path, head_dim: int) -> Shapes | None:
+def read(path: Path, request: Request) -> Shapes | None:
     """The shapes of an entry; ``None``, and a warning, unless it is this user's alone and possible."""
     try:
         jit._require_own(os.stat(path.parent))
         # A link could point at a file of somebody else.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
             jit._require_own(os.fstat(file.fileno()))
-            return _parsed(json.loads(file.read()), path, head_dim)
+            return _parsed(json.loads(file.read()), path, request)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -440,17 +431,20 @@ def read(path: Path, head_dim: int) -> Shapes | None:
         return None
 
 
-def _parsed(facts: dict[str, Any], path: Path, head_dim: int) -> Shapes:
+def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
     """The shapes that an entry names, if this version would try them itself."""
     if facts["name"] != path.name:
         raise ValueError(f"it was written as {facts['name']!r}")
-    known = configs(head_dim)
-    config = known[known.index(Config(**facts["config"]))]
+    kernel = request.kernel
+    known = kernel.variants(request.head_dim, request.capability)
+    config = known[known.index(kernel(**facts["config"]))]
     sides: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in facts["tiles"].items()}
     tiles = KernelTiles(**sides)
-    if not all(type(n) is int for n in (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots)):
+    if not all(
+        type(n) is int for n in (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots, tiles.rows)
+    ):
         raise ValueError(f"{tiles} are not whole numbers")
-    if (tiles.groups, tiles.kv_slots, tiles.rows) != (config.consumers, config.keys, ROWS):
+    if not config.fits(tiles):
         raise ValueError(f"{tiles} do not fit {config}")
     return config, tiles
 

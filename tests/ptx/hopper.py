@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,8 +31,7 @@ def ptx(config: Config) -> str:
         ImportError: cuda-bindings or NVRTC is not installed.
     """
     nvrtc = jit._nvrtc()
-    source = (jit.source_folder() / "hopper" / "forward.cu").read_text()
-    include = jit.headers() | {"hopper/generated.cuh": config.generated_header()}
+    source, include = config.source(), config.include()
     _, *flags = jit._flags("sm_90a", config.defines(), ())
     flags = ["--gpu-architecture=compute_90a", *(flag for flag in flags if not flag.startswith("--ptxas"))]
     texts, names = [text.encode() for text in include.values()], [name.encode() for name in include]
@@ -57,13 +55,10 @@ class HostPlan(forward.Plan):
 
     def __init__(self, gnas: Sequence[GNA], config: Config, tiles: KernelTiles, head_dim: int, float16: bool) -> None:
         request = forward.Request(tuple(gnas), head_dim, float16, 0, tiles, config)
-        with (
-            mock.patch.object(jit, "compile", return_value=SimpleNamespace(log="", code=b"")),
-            mock.patch.object(
-                torch.cuda, "get_device_properties", return_value=SimpleNamespace(multi_processor_count=1)
-            ),
-        ):
-            super().__init__(request)
+        super().__init__(request)
+
+    def _load(self, device: torch.device) -> None:
+        self.processors = 1
 
     def _tables(self, gnas: list[GNA], classes: list[int], device: torch.device) -> None:
         super()._tables(gnas, classes, torch.device("cpu"))
@@ -116,7 +111,7 @@ def run(
     for name, x in arrays.items():
         machine.memory.add(name, storage(x), at=x.untyped_storage().data_ptr())
     places = {(0, at - maps.address): each for at, each in recorder.maps.items()}
-    machine.launch(blocks, plan.threads, plan.config.shared_bytes, [bytes(maps), bytes(params)], places)
+    machine.launch(blocks, plan.config.threads, plan.config.shared_bytes, [bytes(maps), bytes(params)], places)
     assert not counters.any(), f"counters {counters.tolist()} after the launch"
     return out, lse, machine
 

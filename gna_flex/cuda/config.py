@@ -1,0 +1,121 @@
+"""What the host code has to know of a forward kernel, whichever it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+from gna_flex.cuda import jit
+from gna_flex.cuda.tables import KernelTiles
+
+SHARED_LIMIT = 232_448
+"""Bytes of shared memory that one CTA can have."""
+
+Capability = tuple[int, int]
+"""Compute capability of a GPU."""
+
+
+@dataclass(frozen=True)
+class KernelConfig(ABC):
+    """Everything that is fixed when a kernel is compiled. Subclasses add what only their kernel has.
+
+    All kernels have the same records, windows, parameters and tensor maps: a CTA has :attr:`groups` boxes of at most
+    :attr:`rows` queries, which lie side by side and share their key boxes.
+
+    Attributes:
+        head_dim: columns, one of :attr:`head_dims`.
+        keys: key rows of a shared-memory slot.
+        float16: float16 instead of bfloat16.
+        dilated: whether a dimension is dilated.
+        map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
+        text: whether there are text tokens.
+        bounded_waits: polls after which a wait traps; 0 is for ever. For debugging.
+    """
+
+    head_dim: int
+    keys: int = 128
+    _: KW_ONLY
+    float16: bool = False
+    dilated: bool = False
+    map_sets: int = 1
+    text: bool = False
+    bounded_waits: int = 0
+
+    folder: ClassVar[str]
+    """Where the kernel's sources are, in ``csrc``; also its name."""
+    head_dims: ClassVar[tuple[int, ...]]
+    """Compiled head dims; others are padded to the next one with zeros."""
+    rows: ClassVar[int]
+    """Queries of one box, and text tokens in one."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """Boxes of queries of one CTA."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """Threads of one CTA."""
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Shared memory of one CTA, as the kernel lays it out."""
+
+    @classmethod
+    @abstractmethod
+    def arch(cls, capability: Capability) -> str:
+        """The architecture that the compiler is asked for, on a GPU that the kernel is written for."""
+
+    @classmethod
+    @abstractmethod
+    def defaults(cls, head_dim: int, capability: Capability) -> tuple[KernelConfig, ...]:
+        """Configurations for a head dim; tiles of the least estimated cost decide between them."""
+
+    @classmethod
+    @abstractmethod
+    def variants(cls, head_dim: int, capability: Capability) -> tuple[KernelConfig, ...]:
+        """Configurations worth measuring: the default ones, and others that fit shared memory and registers."""
+
+    @classmethod
+    def padded(cls, head_dim: int) -> int:
+        """The compiled head dim for a head dim."""
+        return next(size for size in cls.head_dims if size >= head_dim)
+
+    @property
+    def columns(self) -> int:
+        """Columns of one chunk of an operand in shared memory: one row is 128 or 64 bytes."""
+        return 64 if self.head_dim % 64 == 0 else 32
+
+    def fits(self, tiles: KernelTiles) -> bool:
+        """Whether tiles are for this many boxes of queries, and for slots of this size."""
+        return (tiles.groups, tiles.kv_slots, tiles.rows) == (self.groups, self.keys, self.rows)
+
+    def defines(self) -> dict[str, int]:
+        """Macros of the kernel's source."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "KEYS": self.keys,
+            "FLOAT16": int(self.float16),
+            "DILATED": int(self.dilated),
+            "MAP_SETS": self.map_sets,
+            "TEXT": int(self.text),
+            "BOUNDED_WAITS": self.bounded_waits,
+        }
+
+    @classmethod
+    def source(cls) -> str:
+        """The kernel's source."""
+        return (jit.source_folder() / cls.folder / "forward.cu").read_text(encoding="utf-8")
+
+    def include(self) -> dict[str, str]:
+        """Headers that the source includes, by name."""
+        return jit.headers(self.folder)
+
+    def compile(self, arch: str) -> jit.Cubin:
+        """Machine code for an architecture; see :func:`gna_flex.cuda.jit.compile`."""
+        return jit.compile(
+            self.source(), arch=arch, defines=self.defines(), name=f"{self.folder}_forward.cu", include=self.include()
+        )
