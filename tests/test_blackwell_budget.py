@@ -7,6 +7,7 @@ import functools
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,16 +33,18 @@ MASK_INSTRUCTIONS = {128: 170, 96: 130}
 """Most instructions that applying a mask adds to a step: one for each score, and few more."""
 
 
-def stages(head_dim: int) -> int:
-    return 3 if head_dim == 128 else 6
+def default(head_dim: int, **changes: Any) -> BlackwellConfig:
+    """What B300 gets, without polynomials."""
+    (config,) = BlackwellConfig.defaults(head_dim, (10, 3))
+    return replace(config, **changes)
 
 
 CONFIGS = [
-    *(BlackwellConfig(head_dim, key_stages=stages(head_dim)) for head_dim in HEAD_DIMS),
-    *(BlackwellConfig(head_dim, key_stages=stages(head_dim), text=True) for head_dim in HEAD_DIMS),
-    *(BlackwellConfig(d, key_stages=stages(d), dilated=True, text=True, map_sets=9) for d in (64, 128)),
-    *(BlackwellConfig(d, key_stages=stages(d), float16=True, dilated=True, map_sets=3) for d in (64, 128)),
-    *(BlackwellConfig(d, key_stages=stages(d), polynomial=2, text=True) for d in (64, 128)),
+    *(default(head_dim) for head_dim in HEAD_DIMS),
+    *(default(head_dim, text=True) for head_dim in HEAD_DIMS),
+    *(default(head_dim, dilated=True, text=True, map_sets=9) for head_dim in (64, 128)),
+    *(default(head_dim, float16=True, dilated=True, map_sets=3) for head_dim in (64, 128)),
+    *(replace(*BlackwellConfig.defaults(head_dim, (10, 0)), text=True) for head_dim in HEAD_DIMS),
     BlackwellConfig(128, keys=96, key_stages=4, text=True),
 ]
 
@@ -78,7 +81,7 @@ def test_registers_and_spills(config):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("text", [False, True])
 def test_all_architectures(arch, head_dim, text):
-    cubin = built(BlackwellConfig(head_dim, key_stages=stages(head_dim), text=text), arch)
+    cubin = built(default(head_dim, text=text), arch)
     (usage,) = jit.resource_usage(cubin.log)
     assert usage.registers == REGISTERS
     assert jit.spills(cubin.log) <= SPILLED_BYTES
@@ -180,4 +183,7 @@ def test_exponentials_by_polynomial():
 def test_no_two_configurations_are_the_same():
     assert len(set(CONFIGS)) == len(CONFIGS)
     assert {config.head_dim for config in CONFIGS} == set(HEAD_DIMS)
+    assert [default(head_dim).key_stages for head_dim in HEAD_DIMS] == [6, 6, 6, 3]
+    for capability, polynomial in (((10, 0), 2), ((10, 3), 0), ((10, 7), 0)):
+        assert {BlackwellConfig.defaults(d, capability)[0].polynomial for d in (8, *HEAD_DIMS)} == {polynomial}
     assert replace(CONFIGS[0], bounded_waits=1 << 20).defines()["BOUNDED_WAITS"] == 1 << 20

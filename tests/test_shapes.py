@@ -34,20 +34,20 @@ def all_boxes(limits: list[int], most: int, fewest: int = 1) -> list[tuple[int, 
     return [box for box in sides if fewest <= math.prod(box) <= most]
 
 
-def all_tiles(gna: GNA, kv_slots: int, groups: int) -> list[KernelTiles]:
+def all_tiles(gna: GNA, kv_slots: int, groups: int, rows: int) -> list[KernelTiles]:
     """Every shape, key boxes a little larger than the grid included."""
     lengths = [-(-dim[0] // dim[3]) for dim in padded_dims(gna)]
-    boxes = all_boxes(lengths, 64, 32 if math.prod(lengths) >= 64 else 1)
+    boxes = all_boxes(lengths, rows, rows // 2 if math.prod(lengths) >= rows else 1)
     keys = all_boxes([dim[0] + (dim[0] > 1) for dim in padded_dims(gna)], kv_slots)
     splits = [axis for axis in range(3) if lengths[axis] > 1] or [2]
-    return [KernelTiles(box, groups, split, kv, kv_slots) for box in boxes for split in splits for kv in keys]
+    return [KernelTiles(box, groups, split, kv, kv_slots, rows) for box in boxes for split in splits for kv in keys]
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("groups", "rows"), [(1, 64), (2, 64), (2, 128)])
 @pytest.mark.parametrize("gna", SMALL, ids=gna_id)
-def test_nothing_is_better_than_the_choice(gna, groups):
-    best = min(cost(gna, tiles) for tiles in all_tiles(gna, 16, groups))
-    chosen = cost(gna, choose(gna, 16, groups))
+def test_nothing_is_better_than_the_choice(gna, groups, rows):
+    best = min(cost(gna, tiles) for tiles in all_tiles(gna, 16, groups, rows))
+    chosen = cost(gna, choose(gna, 16, groups, rows))
     # Boxes of text may be longer than a small grid, so the choice can be better than all of these.
     assert chosen <= best + 1e-9 if gna.text_first else chosen == pytest.approx(best)
 
@@ -85,19 +85,19 @@ def test_key_boxes_of_text_are_never_small():
     assert key_shapes(GNA(1, 1, text_last=512), 128) == ((1, 1, 128),)
 
 
-@given(st.randoms(use_true_random=False), st.integers(1, 4))
-def test_choices_fit(rng, groups):
+@given(st.randoms(use_true_random=False), st.integers(1, 4), st.sampled_from([64, 128]))
+def test_choices_fit(rng, groups, rows):
     gna = random_gna(rng)
-    tiles = choose(gna, 128, groups)
+    tiles = choose(gna, 128, groups, rows)
     lengths = [-(-dim[0] // dim[3]) for dim in padded_dims(gna)]
-    assert tiles.groups == groups
+    assert (tiles.groups, tiles.rows) == (groups, rows)
     assert all(side <= length for side, length in zip(tiles.box, lengths, strict=True))
     assert groups == 1 or lengths[tiles.split] > 1 or max(lengths) == 1
 
 
 def efficiency(gna: GNA, tiles: KernelTiles) -> float:
     """Kept pairs out of all that the kernel computes."""
-    return gna.kept_pairs() / (count(gna, tiles).boxes * tiles.kv_slots * 64 * tiles.groups)
+    return gna.kept_pairs() / (count(gna, tiles).boxes * tiles.kv_slots * tiles.rows * tiles.groups)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,26 @@ def test_little_is_wasted(gna, kv_slots, least):
     tiles = choose(gna, kv_slots)
     assert least <= efficiency(gna, tiles) <= 1
     if least == 1:
+        assert count(gna, tiles).masked == 0
+
+
+@pytest.mark.parametrize(
+    ("gna", "least"),
+    [
+        (GNA((256, 256), 80), 0.76),
+        (GNA((256, 256), 80, 16), 1),
+        (HUNYUAN, 0.58),
+        (GNA((30, 48, 80), (18, 24, 24), (16, 8, 8)), 0.93),  # pairs are 4 frames long, of 30
+        (GNA((16, 44, 80), (16, 32, 48), (1, 16, 16)), 1),
+        (GNA(32768, 2048), 0.89),
+        (GNA(32768, 2048, 256), 1),
+    ],
+    ids=lambda x: gna_id(x) or str(x),
+)
+def test_little_is_wasted_by_pairs_of_tiles_of_128(gna, least):
+    tiles = choose(gna, 128, 2, 128)
+    assert least <= efficiency(gna, tiles) <= 1
+    if max(gna.stride) > 1:
         assert count(gna, tiles).masked == 0
 
 
@@ -182,6 +202,7 @@ def fastest(function, *arguments) -> float:
 def test_choosing_takes_no_time():
     """About 15, 25 and 25 ms on one core; the limits leave room for a busy machine."""
     assert fastest(choose, HUNYUAN, 160) < 0.2
+    assert fastest(choose, HUNYUAN, 128, 2, 128) < 0.2
     assert fastest(choose, GNA((121, 360, 368), 24), 128) < 0.3
     assert fastest(choose, GNA((4096, 4096), 128, 7), 128) < 0.3
 

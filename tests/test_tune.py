@@ -17,6 +17,7 @@ import gna_flex
 from gna_flex import GNA, gna_mask, kernels
 from gna_flex.cli import main
 from gna_flex.cuda import jit, tune
+from gna_flex.cuda.blackwell import BlackwellConfig
 from gna_flex.cuda.config import SHARED_LIMIT
 from gna_flex.cuda.forward import Request, estimated
 from gna_flex.cuda.kernel import HEAD_DIMS, Config
@@ -78,16 +79,19 @@ REQUESTS = [
     Request((GNA(7, 3),), 64, True, 0),
     Request((GNA((8, 9, 10), (3, 4, 5), dilation=(1, 2, 2)),), 128, True, 0),
     Request((GNA((16, 16), 4), GNA((16, 16), 8), GNA((16, 16), 4)), 128, True, 0),
+    *(Request((GNA((24, 40), (9, 12), text_last=30),), d, False, 0, capability=(10, 0)) for d in (8, 64, 128)),
 ]
 
 
-@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: f"{request.gnas[0]}-{request.head_dim}")
+@pytest.mark.parametrize(
+    "request_", REQUESTS, ids=lambda request: f"{request.gnas[0]}-{request.head_dim}-{request.capability}"
+)
 def test_candidates(request_):
     found = tune.candidates(request_)
     assert found[0] == estimated(request_)
     assert len(set(found)) == len(found)
     assert 1 < len(found) <= 8 or request_.gnas[0].layout == (7,)
-    known = set(Config.variants(request_.head_dim))
+    known = set(request_.kernel.variants(request_.head_dim, request_.capability))
     for config, tiles in found:
         assert config in known
         assert config.fits(tiles)
@@ -289,6 +293,17 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_request_has_another_entry(change):
     assert tune.entry_path(replace(REQUEST, **CHANGES[change]), GPU) != entry()
+
+
+def test_another_kernel_has_other_entries():
+    request = replace(REQUEST, capability=(10, 0))
+    path = tune.entry_path(request, GPU)
+    assert path != entry()
+    found = tune.candidates(request)
+    assert all(isinstance(config, BlackwellConfig) and tiles.rows == 128 for config, tiles in found)
+    tune.write(path, tune.Measurement(*found[-1], 1.0))
+    assert tune.read(path, request) == found[-1]
+    assert tune.read(path, REQUEST) is None
 
 
 def test_the_order_of_heads_counts_but_not_their_number():
