@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gna_flex import kernels
 from gna_flex.bench import Timing
 from gna_flex.flex import eager_attention, route_of
 from gna_flex.mask import GNABlockMask, gna_mask
@@ -180,7 +181,7 @@ def tiles_of(name: str, q: Tensor, mask: GNABlockMask) -> str:
     if name == "flex-tiles":
         order = mask.tiles.order
         return f"{by_x(order.tile)} | {by_x(order.tile)}"
-    return _kernel_tiles(q, mask) if name == "hopper" else ""
+    return _kernel_tiles(q, mask) if name in kernels.KERNELS else ""
 
 
 def _kernel_tiles(q: Tensor, mask: GNABlockMask) -> str:

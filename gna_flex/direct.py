@@ -42,7 +42,7 @@ def recall(mask: GNABlockMask, inputs: Inputs, scale: float | None, enable_gqa: 
 
 
 def remember(mask: GNABlockMask, inputs: Inputs, scale: float | None, enable_gqa: bool) -> None:
-    """Notes that the Hopper kernel took a call without gradients."""
+    """Notes that a CUDA kernel took a call without gradients."""
     if not undisturbed(*inputs):
         return
     from gna_flex.cuda.forward import plan_for

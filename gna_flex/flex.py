@@ -21,7 +21,7 @@ from gna_flex import kernels
 from gna_flex.direct import remember
 from gna_flex.intervals import ceil_div
 from gna_flex.reference import ScoreMod, reference_attention
-from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, forced
+from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, forced, with_verdict
 from gna_flex.tiling import TileOrder
 from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity, transforming
 from gna_flex.transforms import TransformedAttention
@@ -85,24 +85,23 @@ def route_of(
     scale: float | None = None,
 ) -> Route:
     """The route of a call with a GNA mask."""
-    return choose_route(
-        Facts(
-            device=query.device.type,
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-            pairs=_pairs(query, key),
-            needs_grad=needs_grad,
-            wants_stats=wants_stats,
-            compiling=compiling,
-            has_tiles=mask.has_tiles(compiling),
-            tiles_pay=mask.tiles_pay(compiling),
-            backend=(kernel_options or {}).get("BACKEND", "AUTO"),
-            has_compiler=compiling or query.device.type != "cpu" or cpp_compiler() is not None,
-            capability=mask.capability,
-            missing=kernels.missing(),
-            foreign=foreign_to_kernels(query, value, mask, score_mod, wants_maximum, scale),
-        )
+    facts = Facts(
+        device=query.device.type,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        pairs=_pairs(query, key),
+        needs_grad=needs_grad,
+        wants_stats=wants_stats,
+        compiling=compiling,
+        has_tiles=mask.has_tiles(compiling),
+        tiles_pay=mask.tiles_pay(compiling),
+        backend=(kernel_options or {}).get("BACKEND", "AUTO"),
+        has_compiler=compiling or query.device.type != "cpu" or cpp_compiler() is not None,
+        capability=mask.capability,
+        missing=kernels.missing(),
+        foreign=foreign_to_kernels(query, value, mask, score_mod, wants_maximum, scale),
     )
+    return choose_route(with_verdict(facts, query.device.index))
 
 
 def foreign_to_kernels(
@@ -208,7 +207,7 @@ class RoutedTuple:
             wants_maximum=wants_maximum,
             scale=scale,
         )
-        if route.name == "hopper":
+        if route.name in kernels.KERNELS:
             out, lse = kernel_attention(*autocast(query, key, value), mask, scale)
             return out, lse * math.log2(math.e), lse.new_empty(0)
         if route.name == "flex":
@@ -270,7 +269,7 @@ def eager_attention(
         scale=scale,
     )
     route = ask()
-    if route.name == "hopper":
+    if route.name in kernels.KERNELS:
         try:
             result = kernel_attention(query, key, value, mask, scale)
             if not (grad or kernel_options):

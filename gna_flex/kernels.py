@@ -1,4 +1,4 @@
-"""Whether CUDA kernels can be compiled and launched here, what went wrong if one was not, and what outlives a call."""
+"""Which CUDA kernels there are, whether they can be compiled and launched here, and what outlives a call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 log = logging.getLogger("gna_flex")
 
 T = TypeVar("T")
+
+KERNELS = ("hopper", "blackwell")
+"""Routes that are kernels of ours."""
+UNTRIED = ("blackwell",)
+"""Kernels that we could run on no GPU: calls take them only where their self-test passed on the machine."""
 
 _failure: str = ""
 _package: str | None = None
@@ -26,6 +33,17 @@ def kernel_for(capability: tuple[int, int] | None) -> str:
     if capability is None:
         return ""
     return "hopper" if capability == (9, 0) else "blackwell" if capability[0] == 10 else ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def untested(kernel: str, device: int) -> str:
+    """Why a kernel of :data:`UNTRIED` is not used on a GPU; empty if its self-test passed. Runs it where that is open.
+
+    While a function is compiled this runs, too, and its answer becomes a part of the graph.
+    """
+    from gna_flex.selftest.verdict import obstacle
+
+    return obstacle(kernel, device)
 
 
 def missing() -> str:

@@ -13,11 +13,11 @@ import torch
 
 from gna_flex import kernels
 
-ROUTES = ("hopper", "flex-tiles", "flex", "reference")
-"""Routes in order of preference: CUDA kernel, compiled FlexAttention in tile order and in the given one, reference."""
+ROUTES = (*kernels.KERNELS, "flex-tiles", "flex", "reference")
+"""Routes in order of preference: CUDA kernels, compiled FlexAttention in tile order and in the given one, reference."""
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-KERNEL_MAX_HEAD_DIM = 256
+KERNEL_MAX_HEAD_DIM = {"hopper": 256, "blackwell": 128}
 
 FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLEX_DEVICES = ("cuda", "xpu")
@@ -36,7 +36,8 @@ class Facts(NamedTuple):
     ``BACKEND`` of FlexAttention's kernel options. ``has_compiler``: a C++ compiler is there, which the CPU needs.
 
     For CUDA kernels: ``capability`` of the device, ``missing``: why kernels cannot be compiled or launched here at all
-    (a missing package, or what went wrong before), and ``foreign``: what the call has that kernels know nothing of.
+    (a missing package, or what went wrong before), ``foreign``: what the call has that kernels know nothing of, and
+    ``untested``: why a kernel that we never ran is not trusted on this machine.
     """
 
     device: str
@@ -53,6 +54,7 @@ class Facts(NamedTuple):
     capability: tuple[int, int] | None = None
     missing: str = ""
     foreign: str = ""
+    untested: str = ""
 
 
 def facts_on(device: torch.device, dtype: torch.dtype, head_dim: int, pairs: int) -> Facts:
@@ -129,23 +131,23 @@ def _choose(facts: Facts, forced: str | None) -> Route:
 
 _REASONS = {
     "hopper": "the CUDA kernel for Hopper, on the tokens as given",
+    "blackwell": "the CUDA kernel for Blackwell, on the tokens as given; its self-test passed on this machine",
     "flex-tiles": "compiled FlexAttention in tile order is predicted to be fastest",
     "flex": "compiled FlexAttention in the order of the tokens as given",
     "reference": "plain attention with the whole mask",
 }
 
 
-_OTHER_CAPABILITIES = {
-    10: "; the kernel for Blackwell compiles but has never been run, so calls are not routed to it",
-    12: ", for which there is no kernel",
-}
-"""What more there is to say of newer GPUs, by major compute capability."""
+_WRITTEN_FOR = {"hopper": ("Hopper", "9.0"), "blackwell": ("data-center Blackwell", "10")}
+"""GPUs of the kernels, by name and by compute capability."""
+_NO_KERNEL = {11: ", for which there is no kernel", 12: ", for which there is no kernel"}
+"""What more there is to say of other newer GPUs, by major compute capability."""
 
 
 def obstacle_to(name: str, facts: Facts) -> str:
     """Why a route cannot take a call; empty if it can."""
-    if name == "hopper":
-        return _kernel_obstacle(facts)
+    if name in kernels.KERNELS:
+        return _kernel_obstacle(name, facts)
     if name == "reference":
         if facts.backend != "AUTO":
             return f"kernel_options ask for BACKEND={facts.backend}"
@@ -177,27 +179,37 @@ def obstacle_to(name: str, facts: Facts) -> str:
     return ""
 
 
-def _kernel_obstacle(facts: Facts) -> str:
-    """Why the Hopper kernel cannot take a call; empty if it can."""
+def _kernel_obstacle(name: str, facts: Facts) -> str:
+    """Why a CUDA kernel cannot take a call; empty if it can."""
+    gpus, capability = _WRITTEN_FOR[name]
+    most = KERNEL_MAX_HEAD_DIM[name]
     if facts.device != "cuda" or facts.capability is None:
-        return f"it needs an NVIDIA Hopper GPU, and the tensors are on {facts.device}"
-    if facts.capability != (9, 0):
+        return f"it needs an NVIDIA {gpus} GPU, and the tensors are on {facts.device}"
+    if kernels.kernel_for(facts.capability) != name:
         major, minor = facts.capability
-        more = _OTHER_CAPABILITIES.get(major, "")
-        return f"it is written for compute capability 9.0, and this GPU has {major}.{minor}{more}"
+        more = _NO_KERNEL.get(major, "")
+        return f"it is written for compute capability {capability}, and this GPU has {major}.{minor}{more}"
     if facts.missing:
         return facts.missing
     if facts.backend != "AUTO":
         return f"kernel_options ask for BACKEND={facts.backend}"
     if facts.dtype not in KERNEL_DTYPES:
         return f"it computes in float16 and bfloat16, not in {facts.dtype}"
-    if facts.head_dim % 8 or facts.head_dim > KERNEL_MAX_HEAD_DIM:
-        return f"it takes head dims that are multiples of 8 up to {KERNEL_MAX_HEAD_DIM}, not {facts.head_dim}"
+    if facts.head_dim % 8 or facts.head_dim > most:
+        return f"it takes head dims that are multiples of 8 up to {most}, not {facts.head_dim}"
     if facts.foreign:
         return facts.foreign
     if facts.needs_grad and facts.head_dim < FLEX_MIN_HEAD_DIM:
         return f"its backward is FlexAttention's, which needs a head dim of at least {FLEX_MIN_HEAD_DIM}"
-    return ""
+    return facts.untested
+
+
+def with_verdict(facts: Facts, device: int | None) -> Facts:
+    """Facts with ``untested`` filled in, if the route depends on it: a self-test may run, in a process of its own."""
+    name = kernels.kernel_for(facts.capability)
+    if name not in kernels.UNTRIED or device is None or _forced not in (None, name) or obstacle_to(name, facts):
+        return facts
+    return facts._replace(untested=kernels.untested(name, device))
 
 
 @functools.lru_cache(maxsize=1)

@@ -116,6 +116,7 @@ def test_what_is_remembered_is_the_launcher_of_the_calls_plan(mask, monkeypatch)
             return Launcher()
 
     monkeypatch.setattr("gna_flex.cuda.forward.plan", Plan)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     mask.launchers.clear()
     direct.remember(mask, INPUTS, 0.5, False)
     assert asked == [((GNA((8, 8), 3),), 16, False)]

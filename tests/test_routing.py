@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import gna_flex
-from gna_flex import GNA, backend, explain, flex_attention, gna_mask, routing
+from gna_flex import GNA, backend, explain, flex_attention, gna_mask, kernels, routing
 from gna_flex.flex import foreign_to_kernels
 from gna_flex.routing import (
     CPU_FLEX_PAIRS,
@@ -21,6 +22,7 @@ from gna_flex.routing import (
     choose_route,
     cpp_compiler,
     obstacle_to,
+    with_verdict,
 )
 
 GPU = Facts(
@@ -36,6 +38,7 @@ GPU = Facts(
     capability=(8, 0),
 )
 HOPPER = GPU._replace(capability=(9, 0), needs_grad=False)
+BLACKWELL = HOPPER._replace(capability=(10, 0))
 CPU = GPU._replace(device="cpu", capability=None, pairs=CPU_FLEX_PAIRS, needs_grad=False, wants_stats=False)
 
 TABLE = {
@@ -44,10 +47,23 @@ TABLE = {
     "hopper-compiling": (HOPPER._replace(compiling=True), "hopper", {}),
     "hopper-no-tiles": (HOPPER._replace(has_tiles=False, tiles_pay=False), "hopper", {}),
     "hopper-training": (HOPPER._replace(needs_grad=True), "hopper", {}),
+    "blackwell": (BLACKWELL, "blackwell", {"hopper": "this GPU has 10.0"}),
+    "blackwell-b300": (BLACKWELL._replace(capability=(10, 3)), "blackwell", {"hopper": "this GPU has 10.3"}),
+    "blackwell-training": (BLACKWELL._replace(needs_grad=True), "blackwell", {"hopper": "this GPU has 10.0"}),
+    "blackwell-untested": (
+        BLACKWELL._replace(untested="its self-test failed"),
+        "flex-tiles",
+        {"hopper": "this GPU has 10.0", "blackwell": "its self-test failed"},
+    ),
     "hopper-small-head": (
         HOPPER._replace(head_dim=12),
         "reference",
-        {"hopper": "multiples of 8 up to 256, not 12", "flex-tiles": "at least 16", "flex": "at least 16"},
+        {
+            "hopper": "multiples of 8 up to 256, not 12",
+            "blackwell": "this GPU has 9.0",
+            "flex-tiles": "at least 16",
+            "flex": "at least 16",
+        },
     ),
     "gpu": (GPU, "flex-tiles", {}),
     "gpu-compiling": (GPU._replace(compiling=True), "flex-tiles", {}),
@@ -100,14 +116,15 @@ def test_route_and_reasons(facts, name, against):
     assert [rejected for rejected, _ in route.rejected] == list(ROUTES[: ROUTES.index(name)])
     elsewhere = "this GPU has 8.0" if facts.device == "cuda" else f"the tensors are on {facts.device}"
     for rejected, reason in route.rejected:
-        assert ({"hopper": elsewhere} | against)[rejected] in reason
+        assert (dict.fromkeys(kernels.KERNELS, elsewhere) | against)[rejected] in reason
     assert str(route).startswith(f"{name}: {route.reason}")
     assert all(f"not {rejected}: {reason}" in str(route) for rejected, reason in route.rejected)
 
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_forced_route_is_taken_where_it_can_be(name):
-    facts = HOPPER if name == "hopper" else CPU._replace(pairs=10, tiles_pay=False)
+    on_gpu = {"hopper": HOPPER, "blackwell": BLACKWELL}
+    facts = on_gpu.get(name, CPU._replace(pairs=10, tiles_pay=False))
     with backend(name):
         assert choose_route(facts) == Route(name, "forced", ())
 
@@ -117,6 +134,9 @@ def test_forced_route_is_taken_where_it_can_be(name):
     [
         ("hopper", HOPPER._replace(needs_grad=True, head_dim=8), "head dim of at least 16"),
         ("hopper", CPU, "needs an NVIDIA Hopper GPU, and the tensors are on cpu"),
+        ("blackwell", CPU, "needs an NVIDIA data-center Blackwell GPU, and the tensors are on cpu"),
+        ("blackwell", HOPPER, "compute capability 10, and this GPU has 9.0"),
+        ("blackwell", BLACKWELL._replace(untested="its self-test hung"), "its self-test hung"),
         ("flex", CPU._replace(needs_grad=True), "no backward on the CPU"),
         ("flex", CPU._replace(wants_stats=True), "no statistics on the CPU"),
         ("flex-tiles", GPU._replace(has_tiles=False), "no tile order"),
@@ -161,7 +181,7 @@ def test_backend_restores_what_was_there():
 @pytest.mark.parametrize("name", ["triton", "", "FLEX"])
 def test_unknown_backend_is_refused(name):
     with (
-        pytest.raises(ValueError, match=f"{name!r} is not a route; routes are hopper, flex-tiles, flex, reference"),
+        pytest.raises(ValueError, match=f"{name!r} is not a route; routes are hopper, blackwell, flex-tiles, "),
         backend(name),
     ):
         pass
@@ -191,52 +211,128 @@ def test_explain_tells_what_a_call_would_do(options, words):
             explain(q, q, q, mask, **options)
     route = explain(q, q, q, mask)
     assert route.name == "reference"
-    assert [name for name, _ in route.rejected] == ["hopper", "flex-tiles", "flex"]
+    assert [name for name, _ in route.rejected] == ["hopper", "blackwell", "flex-tiles", "flex"]
 
 
-AGAINST_HOPPER = {
-    # why the kernel for Hopper cannot take a call: (what is different, words)
-    "another-device": ({"device": "xpu", "capability": None}, "needs an NVIDIA Hopper GPU, and the tensors are on xpu"),
-    "newer": (
-        {"capability": (10, 0)},
-        "compute capability 9.0, and this GPU has 10.0; the kernel for Blackwell compiles",
-    ),
-    "never-run": (
-        {"capability": (10, 3)},
-        "this GPU has 10.3; the kernel for Blackwell compiles but has never been run",
-    ),
-    "newest": ({"capability": (12, 1)}, "compute capability 9.0, and this GPU has 12.1, for which there is no kernel"),
-    "amd": ({"capability": (9, 4)}, "compute capability 9.0, and this GPU has 9.4"),
-    "older": ({"capability": (8, 9)}, "compute capability 9.0, and this GPU has 8.9"),
+AGAINST_KERNELS = {
+    # why a kernel cannot take a call: (what is different, words)
+    "another-device": ({"device": "xpu", "capability": None}, "GPU, and the tensors are on xpu"),
+    "newest": ({"capability": (12, 1)}, "and this GPU has 12.1, for which there is no kernel"),
+    "embedded": ({"capability": (11, 0)}, "and this GPU has 11.0, for which there is no kernel"),
+    "amd": ({"capability": (9, 4)}, "and this GPU has 9.4"),
+    "older": ({"capability": (8, 9)}, "and this GPU has 8.9"),
     "missing-package": ({"missing": "it needs cuda-bindings"}, "it needs cuda-bindings"),
     "failed-before": ({"missing": "a kernel failed before: out of registers"}, "failed before: out of registers"),
     "backend": ({"backend": "TRITON"}, "kernel_options ask for BACKEND=TRITON"),
     "float32": ({"dtype": torch.float32}, "float16 and bfloat16, not in torch.float32"),
     "float64": ({"dtype": torch.float64}, "float16 and bfloat16, not in torch.float64"),
-    "odd-head": ({"head_dim": 100}, "multiples of 8 up to 256, not 100"),
-    "large-head": ({"head_dim": 264}, "multiples of 8 up to 256, not 264"),
+    "odd-head": ({"head_dim": 100}, "multiples of 8 up to {most}, not 100"),
+    "large-head": ({"head_dim": 264}, "multiples of 8 up to {most}, not 264"),
     "foreign": ({"foreign": "it takes no score_mod"}, "it takes no score_mod"),
     "training": ({"needs_grad": True, "head_dim": 8}, "which needs a head dim of at least 16"),
 }
+ON_GPU = {"hopper": (HOPPER, 256), "blackwell": (BLACKWELL, 128)}
 
 
-@pytest.mark.parametrize(("change", "words"), AGAINST_HOPPER.values(), ids=AGAINST_HOPPER)
-def test_obstacles_to_the_hopper_kernel(change, words):
-    facts = HOPPER._replace(**change)
-    route = choose_route(facts)
-    assert route.name != "hopper"
-    assert words in dict(route.rejected)["hopper"]
-    with backend("hopper"), pytest.raises(RuntimeError, match="cannot take this call") as caught:
-        choose_route(facts)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize(("change", "words"), AGAINST_KERNELS.values(), ids=AGAINST_KERNELS)
+def test_obstacles_to_kernels(change, words, kernel):
+    facts, most = ON_GPU[kernel]
+    words = words.format(most=most)
+    route = choose_route(facts._replace(**change))
+    assert route.name not in kernels.KERNELS
+    assert words in dict(route.rejected)[kernel]
+    with backend(kernel), pytest.raises(RuntimeError, match="cannot take this call") as caught:
+        choose_route(facts._replace(**change))
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 32, 72, 128, 256])
-def test_what_the_hopper_kernel_takes(dtype, head_dim):
-    facts = HOPPER._replace(dtype=dtype, head_dim=head_dim)
-    assert choose_route(facts) == Route("hopper", "the CUDA kernel for Hopper, on the tokens as given", ())
-    assert choose_route(facts._replace(pairs=REFERENCE_PAIRS * 2, wants_stats=False)).name == "hopper"
+@pytest.mark.parametrize(("kernel", "head_dim"), [(k, d) for k, (_, most) in ON_GPU.items() for d in (8, 32, 72, most)])
+def test_what_kernels_take(dtype, kernel, head_dim):
+    facts = ON_GPU[kernel][0]._replace(dtype=dtype, head_dim=head_dim)
+    route = choose_route(facts)
+    assert route.name == kernel
+    assert route.reason.startswith(f"the CUDA kernel for {kernel.title()}, on the tokens as given")
+    assert choose_route(facts._replace(pairs=REFERENCE_PAIRS * 2, wants_stats=False)).name == kernel
+
+
+def test_each_kernel_is_for_gpus_of_its_own():
+    for capability, name in (
+        ((9, 0), "hopper"),
+        ((10, 0), "blackwell"),
+        ((10, 3), "blackwell"),
+        ((10, 9), "blackwell"),
+    ):
+        facts = HOPPER._replace(capability=capability)
+        assert [kernel for kernel in kernels.KERNELS if not obstacle_to(kernel, facts)] == [name]
+        assert kernels.kernel_for(capability) == name
+
+
+class Verdict:
+    """Stands for the self-test; counts how often it is asked for."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def __call__(self, kernel, device):
+        self.asked.append((kernel, device))
+        return self.answer
+
+
+@pytest.mark.parametrize(("answer", "name"), [("", "blackwell"), ("its self-test failed", "flex-tiles")])
+def test_a_kernel_that_never_ran_is_taken_only_after_its_self_test(monkeypatch, answer, name):
+    verdict = Verdict(answer)
+    monkeypatch.setattr(kernels, "untested", verdict)
+    route = choose_route(with_verdict(BLACKWELL, 3))
+    assert route.name == name
+    assert verdict.asked == [("blackwell", 3)]
+    assert answer == "" or dict(route.rejected)["blackwell"] == answer
+    with backend("blackwell"):
+        if answer:
+            with pytest.raises(RuntimeError, match=answer):
+                choose_route(with_verdict(BLACKWELL, 3))
+        else:
+            assert choose_route(with_verdict(BLACKWELL, 3)).name == "blackwell"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *(HOPPER, CPU, GPU),
+        BLACKWELL._replace(dtype=torch.float32),
+        BLACKWELL._replace(head_dim=192),
+        BLACKWELL._replace(missing="no NVRTC"),
+        BLACKWELL._replace(foreign="it takes no score_mod"),
+    ],
+)
+def test_no_self_test_where_no_route_depends_on_it(monkeypatch, facts):
+    verdict = Verdict("")
+    monkeypatch.setattr(kernels, "untested", verdict)
+    assert with_verdict(facts, 0) == facts
+    with backend("flex"):
+        assert with_verdict(BLACKWELL, 0) == BLACKWELL
+    assert not verdict.asked
+
+
+def test_graphs_ask_for_the_self_test_while_they_are_compiled(fresh_compiler):
+    asked = []
+
+    @torch.compiler.assume_constant_result
+    def untested(kernel, device):
+        subprocess.run([sys.executable, "-c", ""], check=True)
+        asked.append((kernel, device))
+        return ""
+
+    def call(x):
+        facts = with_verdict(BLACKWELL._replace(compiling=True), x.dim())
+        return x + 1 if choose_route(facts).name == "blackwell" else x - 1
+
+    with mock.patch.object(kernels, "untested", untested):
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        for _ in range(3):
+            assert compiled(torch.zeros(2)).tolist() == [1, 1]
+    assert asked == [("blackwell", 1)]
 
 
 def doubled(score, b, h, q_idx, kv_idx):
@@ -304,7 +400,7 @@ def test_unprofitable_route_is_better_than_none():
     """BACKEND rules out the reference and tiles; compiling for a small call is slow but right."""
     route = choose_route(CPU._replace(pairs=10, backend="TRITON"))
     assert route.name == "flex"
-    assert [name for name, _ in route.rejected] == ["hopper", "flex-tiles"]
+    assert [name for name, _ in route.rejected] == ["hopper", "blackwell", "flex-tiles"]
 
 
 def test_no_compiler_means_the_reference_on_a_cpu():

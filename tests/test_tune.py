@@ -437,7 +437,7 @@ def test_table_and_json():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu():
-    with pytest.raises(RuntimeError, match="Hopper GPU, and there is none"):
+    with pytest.raises(RuntimeError, match="Blackwell GPU, and there is none"):
         gna_flex.tune(REQUEST.gnas[0], heads=4, head_dim=128)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``gna-flex info | report | prove | search | viz | demo | bench | tune``, each with ``--json``."""
+"""The command line: ``gna-flex info``, ``report`` and the other verbs of :data:`VERBS`, each with ``--json``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gna_flex.cli.arguments import protect_negative
 from gna_flex.cli.info import add_info
 from gna_flex.cli.masks import add_report, add_viz
 from gna_flex.cli.runs import add_bench, add_demo
+from gna_flex.cli.selftest import add_selftest
 from gna_flex.cli.tune import add_tune
 
 
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 VERBS: tuple[Callable[..., None], ...] = (
     add_info,
+    add_selftest,
     add_report,
     add_prove,
     add_search,

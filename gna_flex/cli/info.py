@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -19,6 +18,8 @@ from gna_flex.cli.arguments import add_verb, output, print_json
 from gna_flex.cuda import jit
 from gna_flex.cuda.tune import tuned_entries
 from gna_flex.routing import ROUTES, cpp_compiler, facts_on, obstacle_to
+from gna_flex.selftest.identity import identity
+from gna_flex.selftest.verdict import Verdict, read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 ENVIRONMENT = {
     "GNA_FLEX_AUTOTUNE": "1: shapes of the CUDA kernel are measured at the first use of each mask",
     "GNA_FLEX_BACKEND": f"forces a route: {', '.join(ROUTES)}",
-    "GNA_FLEX_CACHE_DIR": "folder of compiled CUDA kernels and of what was tuned",
+    "GNA_FLEX_CACHE_DIR": "folder of compiled CUDA kernels, of what was tuned, and of verdicts of self-tests",
+    "GNA_FLEX_SELFTEST": "of a kernel that we never ran: off, trust (take it untested) or again; default: once",
 }
 EXTRAS = {
     "triton": "compiled FlexAttention on GPUs",
@@ -67,6 +69,9 @@ def run_info(args: argparse.Namespace) -> None:
             cells = (Text(reason, "yellow") if reason else Text("yes", "bold green") for reason in why.values())
             table.add_row(route, *cells)
         console.print(table)
+        if tested := device["selftest"]:
+            why = f": {tested['reason']}" if tested["reason"] else ""
+            console.print(Text(f"self-test: {tested['status']} ({tested['when']}){why}"))
     console.print("\n[bold]kernels[/]")
     console.print(_kernel_table(facts["kernels"], facts["tuned"]))
     console.print("\n[bold]environment[/]")
@@ -75,7 +80,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices with their routes (an empty reason means yes), kernels, tuned masks, environment."""
+    """Versions, devices with their routes (an empty reason means yes) and self-tests, kernels, environment."""
     versions: dict[str, str | None] = {"gna-flex": gna_flex.__version__, "torch": torch.__version__}
     versions |= {"python": platform.python_version()}
     versions |= {name: _version(name) for name in EXTRAS} | {"C++ compiler": cpp_compiler()}
@@ -87,7 +92,10 @@ def info() -> dict[str, Any]:
             devices.append((f"{accelerator.type}:{index}", name))
     return {
         "versions": versions,
-        "devices": [{"device": device, "name": name, "routes": _routes(device)} for device, name in devices],
+        "devices": [
+            {"device": device, "name": name, "routes": _routes(device), "selftest": _selftest(device)}
+            for device, name in devices
+        ],
         "kernels": _kernels(),
         "tuned": tuned_entries(),
         "environment": {
@@ -108,7 +116,12 @@ def _kernels() -> dict[str, Any]:
         }
         for entry in jit.cached_kernels()
     ]
-    return {"missing": kernels.missing(), "nvrtc": _nvrtc(), "cache": str(jit.cache_folder()), "cached": cached}
+    return {
+        "missing": kernels.missing(),
+        "nvrtc": jit.nvrtc_version(),
+        "cache": str(jit.cache_folder()),
+        "cached": cached,
+    }
 
 
 def _macros(options: Sequence[str]) -> dict[str, str]:
@@ -119,15 +132,6 @@ def _macros(options: Sequence[str]) -> dict[str, str]:
     """
     defined = (option[2:].partition("=") for option in options if option.startswith("-D"))
     return {name: value for name, _, value in defined}
-
-
-def _nvrtc() -> str | None:
-    """Version of the CUDA compiler that kernels would be compiled with."""
-    try:
-        _, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
-    except (ImportError, RuntimeError):  # a missing library is a RuntimeError
-        return None
-    return f"{major}.{minor}"
 
 
 def _kernel_table(facts: dict[str, Any], tuned: int) -> Table:
@@ -157,5 +161,27 @@ def _version(package: str) -> str | None:
 def _routes(device: str) -> dict[str, dict[str, str]]:
     """Why a usual call (bfloat16, head dim 128) cannot take each route; empty if it can."""
     call = facts_on(torch.device(device), torch.bfloat16, head_dim=128, pairs=1 << 32)
+    if kernels.kernel_for(call.capability) in kernels.UNTRIED:
+        call = call._replace(untested=_untested(device))
     uses = {"inference": call, "training": call._replace(needs_grad=True)}
     return {route: {use: obstacle_to(route, facts) for use, facts in uses.items()} for route in ROUTES}
+
+
+def _untested(device: str) -> str:
+    """Why a kernel that we never ran is not used on a device, as far as that is known; empty if it is."""
+    mode, found = os.environ.get("GNA_FLEX_SELFTEST"), _verdict(device)
+    if mode == "trust":
+        return ""
+    return found.obstacle if found else "its self-test has not run on this machine; gna-flex selftest runs it"
+
+
+def _selftest(device: str) -> dict[str, str] | None:
+    """The verdict on the kernel of a device, if there is one."""
+    found = _verdict(device)
+    return {"status": found.status, "reason": found.reason, "when": found.when} if found else None
+
+
+def _verdict(device: str) -> Verdict | None:
+    where = torch.device(device)
+    kernel = kernels.kernel_for(torch.cuda.get_device_capability(where)) if where.type == "cuda" else ""
+    return read(identity(kernel, where)) if kernel else None

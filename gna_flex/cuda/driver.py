@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "TensorMap",
     "TensorMaps",
     "driver",
+    "driver_version",
     "encode_tiled",
     "launch",
     "replace_address",
@@ -129,6 +132,26 @@ def driver() -> Driver:
     found = Driver(functions)
     found.call("cuInit", 0)
     return found
+
+
+@functools.cache
+def driver_version() -> str:
+    """Version of the NVIDIA driver, as ``580.82.07``; empty where nothing tells.
+
+    Asks NVML, which needs no context, and else the kernel module.
+    """
+    text = ctypes.create_string_buffer(96)
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2() == 0:
+            status = library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
+            library.nvmlShutdown()
+            if status == 0:
+                return text.value.decode(errors="replace")
+    with contextlib.suppress(OSError):
+        found = re.search(r"  (\d+\.[\d.]+)  ", Path("/proc/driver/nvidia/version").read_text())
+        return found[1] if found else ""
+    return ""
 
 
 class Kernel:

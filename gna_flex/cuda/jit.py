@@ -12,12 +12,12 @@ import json
 import logging
 import os
 import re
-import stat
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gna_flex.cuda.cache import PART, cache_folder, open_own, write_own
 
 __all__ = [
     "CompileError",
@@ -29,6 +29,7 @@ __all__ = [
     "clear_cache",
     "compile",
     "headers",
+    "nvrtc_version",
     "performance_warnings",
     "resource_usage",
     "source_folder",
@@ -174,6 +175,15 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
+def nvrtc_version() -> str | None:
+    """Version of the compiler, as ``13.0``; ``None`` without one."""
+    try:
+        _, major, minor = _nvrtc().nvrtcVersion()
+    except ImportError:
+        return None
+    return f"{major}.{minor}"
+
+
 def _run_nvrtc(source: str, include: Mapping[str, str], flags: Sequence[str], name: str) -> tuple[bytes, str]:
     nvrtc = _nvrtc()
     texts, names = [text.encode() for text in include.values()], [path.encode() for path in include]
@@ -205,16 +215,6 @@ def _filled(nvrtc: Any, program: Any, what: str) -> bytes:
     return bytes(buffer)
 
 
-def cache_folder() -> Path:
-    """``GNA_FLEX_CACHE_DIR``, else ``gna_flex`` in ``XDG_CACHE_HOME``, else in ``~/.cache``."""
-    if chosen := os.environ.get("GNA_FLEX_CACHE_DIR"):
-        return Path(os.path.expanduser(chosen)).absolute()
-    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if not os.path.isabs(home):  # a relative path is void, and some containers have users without a home
-        return Path(tempfile.gettempdir()) / f"gna_flex-{getattr(os, 'getuid', int)()}"
-    return Path(home) / "gna_flex"
-
-
 def cached_kernels() -> list[Entry]:
     """Valid entries of the cache, newest first. Needs neither NVRTC nor a GPU."""
     found = ((path, _read(path)) for path in _files(cache_folder()) if path.suffix == SUFFIX)
@@ -239,7 +239,7 @@ def clear_cache() -> int:
 def _files(folder: Path) -> Iterator[Path]:
     """Entries and unfinished entries: no other file, in case the folder has others."""
     with contextlib.suppress(OSError):  # no folder, or not readable
-        yield from sorted(path for path in folder.iterdir() if path.suffix in (SUFFIX, f"{SUFFIX}-part"))
+        yield from sorted(path for path in folder.iterdir() if path.suffix in (SUFFIX, PART))
 
 
 def _path(folder: Path, key: str, name: str, arch: str) -> Path:
@@ -259,11 +259,8 @@ def _from_disk(folder: Path, key: str, name: str, arch: str) -> Cubin | None:
 def _read(path: Path) -> tuple[dict[str, Any], bytes, os.stat_result] | None:
     """Header, code and status of an entry; None if it is absent, damaged, or not this user's alone."""
     try:
-        _require_own(os.stat(path.parent))
-        # A link could point at a file of somebody else.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+        with open(open_own(path), "rb") as file:
             status = os.fstat(file.fileno())
-            _require_own(status)
             data = file.read()
     except OSError as error:
         logger.debug("%s is not used: %s", path, error)
@@ -284,35 +281,13 @@ def _to_disk(folder: Path, key: str, cubin: Cubin) -> Path | None:
     payload = json.dumps(facts).encode() + b"\n" + cubin.code
     path = _path(folder, key, cubin.name, cubin.arch)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_own(os.stat(folder))
-        _replace(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+        write_own(path, MAGIC + hashlib.sha256(payload).digest() + payload)
     except OSError as error:
         say = logger.info if folder in _warned else logger.warning
         say("no cache in %s (%s): set GNA_FLEX_CACHE_DIR to a folder of your own", folder, error)
         _warned.add(folder)
         return None
     return path
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Readers, also in other processes, see the old file or the whole new one."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f"{SUFFIX}-part")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
-def _require_own(status: os.stat_result) -> None:
-    """Code that somebody else could have written must not run."""
-    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise PermissionError("owned by another user, or others may write to it")
 
 
 def resource_usage(log: str) -> list[Usage]:

@@ -1,4 +1,4 @@
-"""Shapes of the Hopper kernel by measurement: the most promising ones in turns on the GPU, the choice kept on disk.
+"""Shapes of the kernels by measurement: the most promising ones in turns on the GPU, the choice kept on disk.
 
 Estimates (:mod:`gna_flex.cuda.shapes`) are a few per cent off, more on masks unlike those that they were fitted to. An
 entry of the cache is one small JSON file beside the compiled kernels. It only says which shapes to take, and only
@@ -28,13 +28,14 @@ from torch import Tensor
 
 from gna_flex import kernels, ops
 from gna_flex.cuda import forward, jit, shapes, tables
+from gna_flex.cuda.cache import cache_folder, open_own, write_own
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.forward import Plan, Request, estimated, request_on
 from gna_flex.cuda.tables import KernelTiles
 from gna_flex.flex import foreign_to_kernels
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
-from gna_flex.routing import Facts, facts_on, obstacle_to
+from gna_flex.routing import Facts, facts_on, obstacle_to, with_verdict
 from gna_flex.words import by_x, plain_text, times
 
 if TYPE_CHECKING:
@@ -164,11 +165,11 @@ def tune(
     if min(heads, batch) < 1 or len(gnas) not in (1, heads):
         raise ValueError(f"heads={heads}, batch={batch}: at least 1 each, and as many heads as masks ({len(gnas)})")
     if not torch.cuda.is_available():
-        raise RuntimeError("the hopper kernel is tuned on an NVIDIA Hopper GPU, and there is none")
+        raise RuntimeError("kernels are tuned on an NVIDIA Hopper or Blackwell GPU, and there is none")
     where = torch.device("cuda" if device is None else device)
-    facts = facts_on(where, dtype, head_dim, batch * heads * gnas[0].tokens ** 2)
-    require_kernel(facts._replace(foreign=foreign))
     index = torch.cuda.current_device() if where.index is None else where.index
+    facts = facts_on(where, dtype, head_dim, batch * heads * gnas[0].tokens ** 2)
+    require_kernel(with_verdict(facts._replace(foreign=foreign), index))
     request = request_on(index, gnas, head_dim, dtype == torch.float16)
     with _lock:
         tuning = measure(request, heads, batch, progress)
@@ -187,13 +188,14 @@ def _gnas_of(mask_or_gna: GNABlockMask | GNA) -> tuple[tuple[GNA, ...], str]:
 
 
 def require_kernel(facts: Facts) -> None:
-    """Refuses what the kernel cannot take.
+    """Refuses what the device's kernel cannot take.
 
     Raises:
         RuntimeError: if there is an obstacle.
     """
-    if obstacle := obstacle_to("hopper", facts):
-        raise RuntimeError(f"the hopper kernel cannot be tuned: {obstacle}")
+    name = kernels.kernel_for(facts.capability) or kernels.KERNELS[0]
+    if obstacle := obstacle_to(name, facts):
+        raise RuntimeError(f"the {name} kernel cannot be tuned: {obstacle}")
 
 
 def forget_plans() -> None:
@@ -396,15 +398,9 @@ def entry_path(request: Request, gpu: str) -> Path:
     from gna_flex import __version__  # the package may still be importing this module
 
     gnas = request.gnas if len(set(request.gnas)) > 1 else request.gnas[:1]
-    parts = [
-        __version__,
-        source_digest(request.kernel),
-        gpu,
-        request.head_dim,
-        request.float16,
-        [asdict(gna) for gna in gnas],
-    ]
-    return jit.cache_folder() / f"{PREFIX}{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}{SUFFIX}"
+    masks = [asdict(gna) for gna in gnas]
+    parts = [__version__, source_digest(request.kernel), gpu, request.head_dim, request.float16, masks]
+    return cache_folder() / f"{PREFIX}{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}{SUFFIX}"
 
 
 @functools.cache
@@ -419,10 +415,7 @@ def source_digest(kernel: type[KernelConfig]) -> str:
 def read(path: Path, request: Request) -> Shapes | None:
     """The shapes of an entry; ``None``, and a warning, unless it is this user's alone and possible."""
     try:
-        jit._require_own(os.stat(path.parent))
-        # A link could point at a file of somebody else.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
-            jit._require_own(os.fstat(file.fileno()))
+        with open(open_own(path), "rb") as file:
             return _parsed(json.loads(file.read()), path, request)
     except FileNotFoundError:
         return None
@@ -440,9 +433,8 @@ def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
     config = known[known.index(kernel(**facts["config"]))]
     sides: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in facts["tiles"].items()}
     tiles = KernelTiles(**sides)
-    if not all(
-        type(n) is int for n in (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots, tiles.rows)
-    ):
+    numbers = (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots, tiles.rows)
+    if not all(type(n) is int for n in numbers):
         raise ValueError(f"{tiles} are not whole numbers")
     if not config.fits(tiles):
         raise ValueError(f"{tiles} do not fit {config}")
@@ -452,13 +444,11 @@ def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
 def write(path: Path, chosen: Measurement) -> None:
     """Keeps a choice, all or nothing; a warning if that fails."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        jit._require_own(os.stat(path.parent))
-        jit._replace(path, json.dumps({"name": path.name, **asdict(chosen)}).encode())
+        write_own(path, json.dumps({"name": path.name, **asdict(chosen)}).encode())
     except OSError as error:
         log.warning("%s is not kept (%s): set GNA_FLEX_CACHE_DIR to a folder of your own", path, error)
 
 
 def tuned_entries() -> int:
     """How many choices the cache has, for all models of GPU and versions together."""
-    return sum(1 for _ in jit.cache_folder().glob(f"{PREFIX}*{SUFFIX}"))
+    return sum(1 for _ in cache_folder().glob(f"{PREFIX}*{SUFFIX}"))

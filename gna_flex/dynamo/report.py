@@ -26,7 +26,7 @@ class CompiledCall:
         name: its name in the graph.
         where: file and line of the call, where torch knows it.
         gna: the GNA that its mask is, or one per head; ``None`` where it is none, or nobody looked.
-        route: ``"hopper"`` or ``"flex-tiles"``; empty where the call was left to FlexAttention.
+        route: ``"hopper"``, ``"blackwell"`` or ``"flex-tiles"``; empty where the call was left to FlexAttention.
         reason: why.
     """
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from gna_flex import kernels
 from gna_flex.dynamo.graph import Body, Call, LeftAlone, bodies, read, where
 from gna_flex.dynamo.lists import agree
 from gna_flex.dynamo.report import CompiledCall, remember
@@ -69,7 +70,9 @@ def _is_ours(node: Node) -> bool:
 
 
 def _routed_itself(node: Node) -> CompiledCall:
-    return CompiledCall(node.name, where(node), None, "hopper", "its mask routed the call while torch traced it")
+    device = node.meta["example_value"][0].device
+    route = kernels.kernel_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "reference"
+    return CompiledCall(node.name, where(node), None, route, "its mask routed the call while torch traced it")
 
 
 class _Rewriter:
@@ -97,7 +100,7 @@ class _Rewriter:
         except Exception as error:  # compiling must not fail because of what can be done without
             log.warning("a FlexAttention call was left alone because of an error", exc_info=True)
             return CompiledCall(node.name, place, _one(gnas), "", f"{type(error).__name__}: {error}")
-        results = self.kernel(call, mask) if route.name == "hopper" else self.tiles(body.module, call, mask)
+        results = self.kernel(call, mask) if route.name in kernels.KERNELS else self.tiles(body.module, call, mask)
         for users, result in zip(call.results, results, strict=True):
             for user in users:
                 result.meta = dict(user.meta)
@@ -168,7 +171,7 @@ class _Rewriter:
             )
         except RuntimeError as error:
             raise LeftAlone(str(error)) from error
-        if route.name not in ("hopper", "flex-tiles"):
+        if route.name not in (*kernels.KERNELS, "flex-tiles"):
             why = "; ".join(f"{name}: {objection}" for name, objection in route.rejected)
             raise LeftAlone(f"nothing of ours is better here ({why or route.reason})")
         return mask, route
