@@ -237,6 +237,18 @@ def test_a_process_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(device.index, mode) for _, device, mode in asked] == [(0, ""), (1, ""), (1, "trust")]
 
 
+def test_whatever_goes_wrong_means_another_route(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(route: str, device: torch.device) -> dict[str, str]:
+        raise FileNotFoundError("no folder csrc")
+
+    monkeypatch.setattr(verdict, "identity", broken)
+    for _ in range(2):
+        assert "could not run on this machine: FileNotFoundError: no folder csrc" in verdict.obstacle("blackwell", 0)
+    assert len(warnings_in(caplog)) == 1
+
+
 def test_threads_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     tester = Fake()
 

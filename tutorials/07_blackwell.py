@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Blackwell GPUs: a kernel that was never run by us
 #
-# gna_flex has a kernel for NVIDIA's data-center Blackwell GPUs: B200 (compute capability 10.0), B300 (10.3), and others of
-# capability 10. We have had no such GPU. So we say plainly what has been checked, and how; a self-test decides on
-# your machine whether calls may take the kernel; and you can send us what it says. This tutorial needs no GPU.
+# gna_flex has a kernel for NVIDIA's data-center Blackwell GPUs, those of compute capability 10: B200, B300. We have had no
+# such GPU. So we say plainly what has been checked, and how; a self-test decides on your machine whether calls may take
+# the kernel; and you can send us what it says. This tutorial needs no GPU.
 #
 # ## Which route a call takes
 #
@@ -35,10 +35,11 @@ assert choose_route(b200._replace(capability=(12, 0))).name == "flex-tiles"
 #
 # Every line names tests that you can run from a checkout, on a CPU (`python -m pytest FILE`); CI runs them all.
 #
-# - It compiles for `sm_100a`, `sm_103a` and `sm_100f`, with 128 registers, no spills, and the instructions that it should
-#   have. A softmax step takes about 430 of 1024 issue slots without a mask, about 590 with one:
+# - It compiles for `sm_100a`, `sm_103a` and `sm_100f`, with 128 registers, no spills, and the instructions that it
+#   should have. A softmax step takes about 430 of 1024 issue slots without a mask, about 590 with one:
 #   `tests/test_blackwell_budget.py`
-# - Descriptors of its multiplications are, bit for bit, those that CUTLASS computes: `tests/test_blackwell_descriptors.py`
+# - Descriptors of its multiplications are, bit for bit, those that CUTLASS computes:
+#   `tests/test_blackwell_descriptors.py`
 # - Its work lists meet every pair of query and key exactly once, by brute force, and no tile shapes are better than the
 #   chosen ones: `tests/test_tables.py`, `tests/test_shapes.py`
 # - A model of its barriers has no deadlock and reads no buffer too early, in every order of events, and changes of the

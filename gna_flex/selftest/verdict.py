@@ -68,7 +68,10 @@ def obstacle(kernel: str, device: int) -> str:
     with _lock:
         key = (kernel, device, mode)
         if key not in _known:
-            _known[key] = find_out(kernel, torch.device("cuda", device), mode)
+            try:
+                _known[key] = find_out(kernel, torch.device("cuda", device), mode)
+            except Exception as error:  # attention must not fail because of what can be done without
+                _known[key] = _unable(kernel, f"{type(error).__name__}: {error}")
         return _known[key]
 
 
