@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks
 from torch.utils.flop_counter import register_flop_formula
 
+from gna_flex import kernels
 from gna_flex.flex import eager_attention, to_base_2
 from gna_flex.mask import mask_of
 from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
@@ -167,11 +168,19 @@ def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 
 @functools.lru_cache(maxsize=256)
 def _plan(*arguments: Any) -> Plan:
-    """The plan of a call to the kernel, found by the numbers that operators take."""
+    """The plan of a call to the kernel, found by the numbers that operators take.
+
+    Raises:
+        RuntimeError: if the kernel is not trusted on the device, where routing did not ask: in exported programs.
+    """
     from gna_flex.cuda.forward import plan, request_on
 
     *numbers, head_dim, float16, device = arguments
-    return plan(request_on(device, _gnas(*numbers), head_dim, float16))
+    request = request_on(device, _gnas(*numbers), head_dim, float16)
+    name = kernels.kernel_for(request.capability)
+    if name in kernels.UNTRIED and (why := kernels.untested(name, device)):
+        raise RuntimeError(f"the {name} kernel is not used: {why}")
+    return plan(request)
 
 
 def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

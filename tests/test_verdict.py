@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gna_flex import kernels
+from gna_flex import kernels, ops
 from gna_flex.cli import info as info_verb
 from gna_flex.cli import main
 from gna_flex.cuda import forward, jit
@@ -247,6 +247,14 @@ def test_whatever_goes_wrong_means_another_route(
     for _ in range(2):
         assert "could not run on this machine: FileNotFoundError: no folder csrc" in verdict.obstacle("blackwell", 0)
     assert len(warnings_in(caplog)) == 1
+
+
+def test_programs_that_were_exported_elsewhere_obey_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their route was chosen on another machine."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(kernels, "untested", lambda kernel, device: f"its self-test failed on {device}")
+    with pytest.raises(RuntimeError, match="the blackwell kernel is not used: its self-test failed on 3"):
+        ops._plan((8, 8), (3, 3), (1, 1), (1, 1), (False, False), 0, 0, 64, False, 3)
 
 
 def test_threads_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

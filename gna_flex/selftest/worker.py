@@ -160,7 +160,8 @@ def call_of(route: str, problem: Problem, variant: str, device: torch.device) ->
     mask = problem.mask(device)
     if variant == BOUNDED:
         _, bounded = plans(problem, device.index or 0)
-        return functools.partial(bounded.run, query, key, value, problem.factor, mask.valid_text)
+        valid = None if mask.valid_text is None else mask.valid_text.contiguous()
+        return functools.partial(bounded.run, query, key, value, problem.factor, valid)
     has_lse = device.type != "cpu" or route == "reference"
 
     def call() -> Result:

@@ -1,4 +1,4 @@
-"""The Hopper kernel against float64: random cases with poisoned outputs, real sizes, graphs, threads, fallback."""
+"""The kernel of the GPU against float64: random cases with poisoned outputs, real sizes, graphs, threads, fallback."""
 
 import gc
 import math
@@ -12,23 +12,27 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from torch.utils.flop_counter import FlopCounterMode
 
 import gna_flex
-from gna_flex import GNA, explain, flex_attention, gna_mask, reference_attention
+from gna_flex import GNA, explain, flex_attention, gna_mask, kernels, reference_attention
 from gna_flex.cuda import tune
+from gna_flex.cuda.blackwell import BlackwellConfig
+from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.forward import Plan, Request
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.tables import KernelTiles
 from gna_flex.presets import preset
-from gna_flex.routing import ROUTES
+from gna_flex.routing import KERNEL_MAX_HEAD_DIM, ROUTES
+
+KERNEL = kernels.kernel_for(torch.cuda.get_device_capability()) if torch.cuda.is_available() else ""
+"""Route of the GPU. That of Blackwell needs a self-test that passed, or GNA_FLEX_SELFTEST=trust."""
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-    ),
+    pytest.mark.skipif(not KERNEL, reason="needs a GPU that there is a kernel for"),
 ]
 
 CASES, AT_ONCE = 3000, 25
 HEAD_DIMS = (64, 128, 64, 128, 32, 96, 256, 8, 40, 72, 80, 112, 160, 192, 248)
+"""Those that random cases have; of larger ones than a kernel takes, half."""
 
 
 def random_gna(rng: random.Random) -> GNA:
@@ -106,7 +110,7 @@ def check(out: Tensor, lse: Tensor, inputs: list[Tensor], mask, scale: float, ca
     assert torch.allclose(lse.double(), exact_lse, atol=1e-5, rtol=1e-5), case
 
 
-def random_tiles(rng: random.Random, gna: GNA, config: Config) -> KernelTiles:
+def random_tiles(rng: random.Random, gna: GNA, config: KernelConfig) -> KernelTiles:
     """Any boxes that fit: odd ones, larger than the grid, not filling their slots."""
 
     def box(most: int) -> tuple[int, int, int]:
@@ -115,19 +119,30 @@ def random_tiles(rng: random.Random, gna: GNA, config: Config) -> KernelTiles:
         return a, b, rng.randint(max(1, most // (a * b) // 2), most // (a * b))
 
     split = rng.choice(range(3 - gna.ndim, 3))
-    return KernelTiles(box(64), config.consumers, split, box(config.keys), config.keys)
+    return KernelTiles(box(config.rows), config.groups, split, box(config.keys), config.keys, config.rows)
 
 
-CONFIGS = (
-    Config(128, 96),
-    Config(128, 160, query_stages=1),
-    Config(64, 192),
-    Config(64, 112, consumers=3, key_stages=3),
-    Config(32, 128, key_stages=3),
-    Config(96, 128),
-    Config(192, 96, query_stages=1),
-    Config(256, 64, query_stages=1),
-)
+CONFIGS: dict[str, tuple[KernelConfig, ...]] = {
+    "hopper": (
+        Config(128, 96),
+        Config(128, 160, query_stages=1),
+        Config(64, 192),
+        Config(64, 112, consumers=3, key_stages=3),
+        Config(32, 128, key_stages=3),
+        Config(96, 128),
+        Config(192, 96, query_stages=1),
+        Config(256, 64, query_stages=1),
+    ),
+    "blackwell": (
+        BlackwellConfig(128, 96, key_stages=4),
+        BlackwellConfig(128, 64, key_stages=2, output_stages=1),
+        BlackwellConfig(128, 128, polynomial=2),
+        BlackwellConfig(64, 128, key_stages=6, polynomial=8),
+        BlackwellConfig(64, 32, key_stages=6),
+        BlackwellConfig(32, 128, key_stages=6),
+        BlackwellConfig(96, 128, key_stages=6),
+    ),
+}
 
 
 def check_case(seed: int) -> None:
@@ -135,8 +150,9 @@ def check_case(seed: int) -> None:
     torch.manual_seed(seed)
     dtype = rng.choice([torch.bfloat16, torch.float16])
     gna = random_gna(rng)
-    config = rng.choice(CONFIGS) if seed % 3 == 0 else None
+    config = rng.choice(CONFIGS[KERNEL]) if seed % 3 == 0 else None
     dim = config.head_dim if config else rng.choice(HEAD_DIMS)
+    dim = dim if dim <= KERNEL_MAX_HEAD_DIM[KERNEL] else dim // 2 // 8 * 8
     inputs = random_inputs(rng, gna.tokens, dim, dtype)
     gnas = of_other_heads(rng, gna, inputs[0].shape[1]) if rng.random() < 0.2 else [gna]
     mask = gna_mask(gnas if len(gnas) > 1 else gnas[0], device="cuda")
@@ -154,7 +170,7 @@ def check_case(seed: int) -> None:
         poison(inputs[0].shape[:3], dtype=torch.float32)
         if plan is not None:
             return plan.run(*inputs, scale)
-        with gna_flex.backend("hopper"):
+        with gna_flex.backend(KERNEL):
             return flex_attention(*inputs, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
 
     out, lse = run()
@@ -179,7 +195,7 @@ def test_gradients_equal_float64(seed: int) -> None:
     inputs = [x.requires_grad_() for x in random_inputs(rng, gna.tokens, rng.choice([32, 64, 128]), dtype)]
     mask = gna_mask(gna, device="cuda")
     scale = inputs[0].shape[-1] ** -0.5
-    with gna_flex.backend("hopper"):
+    with gna_flex.backend(KERNEL):
         out, lse = flex_attention(*inputs, block_mask=mask, enable_gqa=True, return_lse=True)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     grads = torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse))
@@ -210,7 +226,7 @@ def test_training_in_a_compiled_function() -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("route", [route for route in ROUTES if route != "blackwell"])
+@pytest.mark.parametrize("route", [route for route in ROUTES if route not in kernels.KERNELS or route == KERNEL])
 def test_valid_text_tokens_per_batch_entry(route: str, compiled: bool) -> None:
     gna = GNA((9, 14), (4, 5), text_first=70, text_last=200)
     shape = (3, 2, gna.tokens, 64)
@@ -260,7 +276,7 @@ def test_real_sizes_at_sampled_queries(name: str) -> None:
     )
     mask = gna_mask(entry.gna, device="cuda")
     poison(q.shape, dtype=q.dtype)
-    with gna_flex.backend("hopper"):
+    with gna_flex.backend(KERNEL):
         out = flex_attention(q, k, v, block_mask=mask)
     assert out.isfinite().all()
     rows = torch.randint(entry.gna.tokens, (64,), device="cuda")
@@ -283,9 +299,9 @@ def small() -> tuple[list[Tensor], object, Tensor]:
 
 def test_the_route_is_chosen_and_explained(small) -> None:
     inputs, mask, _ = small
-    assert explain(*inputs, mask).name == "hopper"
+    assert explain(*inputs, mask).name == KERNEL
     trained = [x.clone().requires_grad_() for x in inputs]
-    assert explain(*trained, mask).name == "hopper"
+    assert explain(*trained, mask).name == KERNEL
 
 
 @pytest.mark.parametrize("door", [flex_attention, torch_flex_attention])
@@ -399,7 +415,7 @@ def test_another_device_than_the_current_one(small) -> None:
     # The last of these takes the short way.
     results = [flex_attention(*(x.detach() for x in there), block_mask=mask) for _ in range(3)]
     assert all(x.device.index == 1 and torch.equal(x.to("cuda:0"), out) for x in results)
-    with gna_flex.backend("hopper"):
+    with gna_flex.backend(KERNEL):
         grads = torch.autograd.grad(flex_attention(*there, block_mask=mask).sum(), there)
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
     with torch.cuda.device(1):
@@ -430,6 +446,6 @@ def test_a_failing_kernel_falls_back_once(small, monkeypatch, caplog) -> None:
         for _ in range(2):
             assert torch.allclose(flex_attention(*inputs, block_mask=mask).float(), out.float(), atol=0.02)
         assert len([r for r in caplog.records if "another route" in r.message]) == 1
-        assert "failed before" in dict(explain(*inputs, mask).rejected)["hopper"]
+        assert "failed before" in dict(explain(*inputs, mask).rejected)[KERNEL]
     finally:
         gna_flex.kernels.try_again()
