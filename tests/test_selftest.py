@@ -400,6 +400,12 @@ def test_all_routes_of_a_machine_are_tested_by_default() -> None:
     assert cli.selftest.routes_on(CPU, None) == ["flex-tiles", "flex", "reference"]
 
 
+def test_programs_without_python_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(RuntimeError, match="cannot start Python"):
+        command("blackwell", "cuda:0")
+
+
 def test_the_processes_of_routes() -> None:
     assert command("blackwell", "cuda:1")[-2:] == ["blackwell", "cuda:1"]
     assert command("blackwell", "cuda:1", timing=True)[-1] == "--timing"

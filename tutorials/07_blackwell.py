@@ -87,8 +87,8 @@ except ImportError as error:
 # gna-flex info
 # ```
 #
-# It exits with 1 if something is wrong, and `gna-flex info` shows the verdict. Much more, 3,000 random problems among it,
-# is in the tests that the Hopper kernel passes and that run on your GPU as well, from a checkout:
+# It exits with 1 if something is wrong, and `gna-flex info` shows the verdict. The tests that the Hopper kernel passes,
+# with 3,000 random problems, run on your GPU as well, from a checkout:
 # `GNA_FLEX_SELFTEST=trust python -m pytest tests/gpu/test_hopper.py`. On a CPU the self-test tests the other routes:
 
 # %%

@@ -125,7 +125,13 @@ def signal_name(number: int) -> str:
 
 
 def command(route: str, device: str, timing: bool = False) -> list[str]:
-    """The process for a route on a device."""
+    """The process for a route on a device.
+
+    Raises:
+        RuntimeError: if this program is no Python that could be started with a module.
+    """
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise RuntimeError("this program cannot start Python")
     words = [sys.executable, "-X", "faulthandler", "-m", "gna_flex.selftest.worker", route, device]
     return [*words, *(["--timing"] if timing else [])]
 
