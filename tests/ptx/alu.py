@@ -240,16 +240,19 @@ def _pack(program: Program, ins: Instruction, kind: Any) -> Run:
     to, source = ins.operands
     vector = to if isinstance(to, Vector) else source
     assert isinstance(vector, Vector)
-    part = FILES[np.dtype(kind).itemsize // len(vector.items)]
-    parts = [program.slot(item, part) for item in vector.items]
-    whole = program.slot(source if vector is to else to, kind)
+    count = len(vector.items)
+    part = FILES[np.dtype(kind).itemsize // count]
+    small = [program.slot(item, part) for item in vector.items]
+    pieces = [program.part(source if vector is to else to, part, i, count) for i in range(count)]
+    moves = list(zip(small, pieces, strict=True) if vector is to else zip(pieces, small, strict=True))
 
     def run(w: Warp) -> None:
-        if vector is to:
-            for slot, piece in zip(parts, w.slots[whole].view(part).reshape(-1, len(parts)).T.copy(), strict=True):
-                w.assign(slot, piece)
-        else:
-            w.assign(whole, np.stack([w.slots[slot] for slot in parts], 1).reshape(-1).view(kind))
+        s = w.slots
+        for target, origin in moves:
+            if w.full:
+                s[target][:] = s[origin]
+            else:
+                np.copyto(s[target], s[origin], where=w.mask)
 
     return run
 

@@ -25,23 +25,21 @@ class MBarrier:
     def __init__(self, shared: Shared, warp: Warp, address: int, count: int) -> None:
         if not 1 <= count < 1 << 20 or len(shared.barriers) == BARRIERS:
             raise ArrivalError(f"barrier {address:#x} with {count} arrivals")
-        self.address, self.count, self.agent = address, count, shared.warps + len(shared.barriers)
+        self.address, self.count, self.agent = address, count, shared.readers + len(shared.barriers)
         self.phase, self.pending, self.bytes = 0, count, 0
         self.made = warp.index, int(warp.clock[warp.index])
         self.fenced = False
-        self._arrived = np.zeros_like(warp.clock)
-        self._seen = np.zeros_like(warp.clock)
+        self._arrived, self._seen = np.zeros((2, len(warp.message())), np.int64)
 
     def expect(self, count: int) -> None:
         self.bytes += count
 
-    def arrive(self, warp: Warp, times: int) -> None:
-        """Arrivals of a warp's threads: what it did before is known to those who wait."""
+    def arrive(self, message: np.ndarray, times: int = 1) -> None:
+        """Arrivals, of threads or of what they have begun: those who wait get to know the message."""
         if self.pending < times:
             raise ArrivalError(f"barrier {self.address:#x}: an arrival beyond the {self.count} of its phase")
         self.pending -= times
-        self._arrived = joined(self._arrived, warp.clock)
-        warp.clock[warp.index] += 1
+        self._arrived = joined(self._arrived, message)
         self._finish()
 
     def complete(self, count: int) -> None:
@@ -62,7 +60,7 @@ class MBarrier:
 
     def observe(self, warp: Warp) -> None:
         """The warp learns what those did who arrived."""
-        warp.clock[:] = joined(warp.clock, self._seen)
+        warp.hear(self._seen)
 
     def __str__(self) -> str:
         return f"barrier {self.address:#x} (phase {self.phase}, lacks {self.pending} arrivals, {self.bytes} bytes)"
@@ -73,7 +71,7 @@ class NamedBarrier:
 
     def __init__(self, number: int) -> None:
         self.number, self.generation, self.threads = number, 0, 0
-        self.waiting: list[Warp] = []
+        self.waiting: list[tuple[Warp, np.ndarray]] = []
 
     def arrive(self, warp: Warp, threads: int) -> int:
         """A warp comes; the generation that it waits for the end of."""
@@ -82,11 +80,10 @@ class NamedBarrier:
         if threads % 32 or threads < 32:
             raise ArrivalError(f"bar.sync {self.number}: {threads} threads are no whole warps")
         self.threads, generation = threads, self.generation
-        self.waiting.append(warp)
+        self.waiting.append((warp, warp.release()))
         if 32 * len(self.waiting) == threads:
-            clock = np.max([each.clock for each in self.waiting], axis=0)
-            for each in self.waiting:
-                each.clock[:] = clock
-                each.clock[each.index] += 1
+            everything = np.max([message for _, message in self.waiting], axis=0)
+            for each, _ in self.waiting:
+                each.hear(everything)
             self.waiting, self.generation = [], generation + 1
         return generation

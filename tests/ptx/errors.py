@@ -43,3 +43,7 @@ class DivergenceError(PtxError):
 
 class DeadlockError(PtxError):
     """Nothing can go on; the message lists what every warp waits for."""
+
+
+class AllocationError(PtxError):
+    """Tensor memory is allocated or freed in a way that the hardware would not take, or never freed."""

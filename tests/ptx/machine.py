@@ -7,13 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ptx import access, alu, sync  # noqa: F401  they register the instructions
+from ptx import access, alu, packed, sync, tcgen05  # noqa: F401  they register the instructions
 from ptx.barriers import NamedBarrier
-from ptx.errors import DeadlockError, DescriptorError, DivergenceError, InFlightError
-from ptx.memory import SHARED_BASE, Shared, Space
+from ptx.errors import (
+    AllocationError,
+    DeadlockError,
+    DescriptorError,
+    DivergenceError,
+    InFlightError,
+    UnsupportedError,
+)
+from ptx.memory import PIPES, SHARED_BASE, Shared, Space
 from ptx.parse import Kernel, parse
 from ptx.program import Program
 from ptx.tma import Copy, TensorMap
+from ptx.tmem import TensorMemory
 from ptx.warp import Warp
 from ptx.wgmma import Queue
 
@@ -29,6 +37,8 @@ class Block:
     def __init__(self, machine: Machine, index: int, blocks: int, threads: int, shared: int) -> None:
         self.machine, self.index, self.blocks, self.threads = machine, index, blocks, threads
         self.shared = Shared(shared, threads // 32)
+        self.tensor_memory = TensorMemory(self.shared.readers)
+        self.pipes: dict[tuple[int, int], tcgen05.Pipe] = {}
         self.named: dict[int, NamedBarrier] = {}
         self.mma_log: dict[tuple[int, int], tuple[tuple[object, ...], int]] = {}
         self.registers = min(REGISTERS // threads, 255) // 8 * 8
@@ -40,9 +50,34 @@ class Block:
         self.machine.queues.append(queue)
         return queue
 
+    def pipe(self, warp: Warp, lane: int) -> tcgen05.Pipe:
+        """The pipe of matrix products of tensor memory that a thread issues.
+
+        Raises:
+            UnsupportedError: too many threads have one.
+        """
+        if (warp.index, lane) not in self.pipes:
+            if len(self.pipes) == PIPES:
+                raise UnsupportedError(f"more than {PIPES} threads that multiply")
+            pipe = tcgen05.Pipe(self, self.shared.warps + len(self.pipes))
+            self.pipes[warp.index, lane] = pipe
+            self.machine.queues.append(pipe)
+        return self.pipes[warp.index, lane]
+
+    def check_end(self) -> None:
+        """All threads have ended."""
+        if self.tensor_memory.allocations:
+            raise AllocationError(f"block {self.index} ends with tensor memory that is not freed")
+        if not all(pipe.idle for pipe in self.pipes.values()):
+            raise InFlightError(f"block {self.index} ends before all of its products of tensor memory are committed")
+
 
 class Machine:
     """A GPU with one kernel. ``memory`` holds the arrays that it may reach.
+
+    ``tensor_fences``: whether the fences of tcgen05 must be where its rules ask for them, which not every kernel that
+    is known to work does. ``same_shape_only``: whether products of tensor memory may only rely on the order that these
+    rules give, which is that of products with the same accumulator and shape.
 
     >>> import numpy as np
     >>> machine = Machine('''.entry f(.param .u64 p) {
@@ -56,12 +91,15 @@ class Machine:
     >>> machine.launch(1, 32, 0, [np.uint64(machine.memory.add("numbers", numbers)).tobytes()])
     """
 
-    def __init__(self, kernel: str | Kernel, seed: int = 0) -> None:
+    def __init__(
+        self, kernel: str | Kernel, seed: int = 0, *, tensor_fences: bool = True, same_shape_only: bool = False
+    ) -> None:
         self.kernel = parse(kernel) if isinstance(kernel, str) else kernel
         self.rng, self.random = np.random.default_rng(seed), random.Random(seed)
         self.memory, self.params = Space(0x7F3A_0000_0000), Space(0x10_0000_0000)
+        self.tensor_fences, self.same_shape_only = tensor_fences, same_shape_only
         self.maps: dict[int, TensorMap] = {}
-        self.queues: list[Queue] = []
+        self.queues: list[Queue | tcgen05.Pipe] = []
         self.under_way: list[Copy] = []
         self.executed = 0
         self.program: Program
@@ -115,6 +153,8 @@ class Machine:
                 if warp.done:
                     left.remove(warp)
                     self._check_end(warp)
+                    if warp.block not in [other.block for other in left]:
+                        warp.block.check_end()
             elif not self._advance():
                 lines = [f"  {warp} at line {warp.step.source.line}: {warp.waiting}" for warp in left if warp.waiting]
                 raise DeadlockError("\n".join(["nothing can go on:", *lines]))
@@ -139,4 +179,6 @@ class Machine:
         if any(groups.unread for groups in warp.stores.values()):
             raise InFlightError(f"{warp} ends before its tensor stores have read shared memory")
         if warp.in_flight:
-            raise InFlightError(f"{warp} ends with matrix products in flight")
+            raise InFlightError(f"{warp} ends with matrix products, or loads of tensor memory, in flight")
+        if warp.tensor_stores:
+            raise InFlightError(f"{warp} ends with stores to tensor memory in flight")

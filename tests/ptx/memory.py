@@ -1,8 +1,8 @@
 """Parameters, global memory and shared memory.
 
-Shared memory knows who wrote and read each of its words of 4 bytes last, and when. Agents are the warps of the block
-and its barriers, whose copies write; time is the agent's own count: releases of a warp, phases of a barrier. Every
-warp has a clock: how far it has seen each agent, through barriers. An access must come after earlier ones in that
+Shared memory knows who wrote and read each of its words of 4 bytes last, and when. Agents are the warps of the block,
+its pipes, whose matrix products read, and its barriers, whose copies write; time is the agent's own count: releases of
+a warp, products of a pipe, phases of a barrier. Every warp has a clock: how far it has seen each agent, through barriers. An access must come after earlier ones in that
 sense, whatever the order in which they happen to run, so races show with every seed.
 """
 
@@ -26,6 +26,8 @@ SHARED_BASE = 1024
 """Address of shared memory, which begins behind what the system keeps for itself."""
 BARRIERS = 64
 """Barriers that a block can have."""
+PIPES = 4
+"""Threads of a block that can issue matrix products of tensor memory."""
 
 
 class Region:
@@ -95,10 +97,10 @@ class Shared:
         self.region = Region("shared memory", SHARED_BASE, np.full(-(-size // 16) * 16, 0xFF, np.uint8))
         self.region.data = self.region.data[:size]
         words = -(-size // 4)
-        self.warps = warps
+        self.warps, self.readers = warps, warps + PIPES
         self.writer = np.full(words, -1, np.int32)
         self.written = np.zeros(words, np.int64)
-        self.read = np.zeros((words, warps), np.int64)
+        self.read = np.zeros((words, self.readers), np.int64)
         self.dirty = np.zeros(words, np.int32)
         """Thread (plus one) whose plain write no proxy fence has made visible."""
         self.barriers: dict[int, MBarrier] = {}
@@ -106,7 +108,7 @@ class Shared:
 
     def new_clock(self, warp: int) -> np.ndarray:
         """The clock of a warp that begins."""
-        clock = np.zeros(self.warps + BARRIERS, np.int64)
+        clock = np.zeros(self.readers + BARRIERS, np.int64)
         clock[warp] = 1
         return clock
 
@@ -130,7 +132,7 @@ class Shared:
             raise RaceError(f"{what} of {self._where(words, bad)}: a write by {who} {late}")
 
     def _after_reads(self, warp: Warp, words: np.ndarray, what: str) -> None:
-        bad = (self.read[words] > warp.clock[: self.warps]).any(1)
+        bad = (self.read[words] > warp.clock[: self.readers]).any(1)
         if bad.any():
             raise RaceError(f"{what} of {self._where(words, bad)}: nothing orders a read before it")
 
@@ -161,12 +163,26 @@ class Shared:
         fenced[warp.threads[warp.mask] + 1] = True
         self.dirty[fenced[self.dirty]] = 0
 
-    def begin_async_read(self, warp: Warp, words: np.ndarray, what: str, complete: bool = True) -> None:
-        """``complete``: whether all of it must have been written, as poison would spread."""
+    def begin_async_read(
+        self,
+        warp: Warp,
+        words: np.ndarray,
+        what: str,
+        complete: bool = True,
+        pipe: tuple[int, int] | None = None,
+    ) -> None:
+        """A read that the warp, or a pipe at a time of its own, begins and does not wait for.
+
+        ``complete``: whether all of it must have been written, as poison would spread.
+        """
         if complete:
             self._initialised(words)
         self._after_writes(warp, words, what)
         self._fenced(words, what)
+        if pipe is not None:
+            agent, time = pipe
+            self.read[words, agent] = time
+            return
         self.read[words, warp.index] = FUTURE
         self._reading.append((warp.index, words))
 

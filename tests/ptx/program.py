@@ -84,8 +84,8 @@ class Program:
             self.places[name] = size, self.sizes[size]
             self.sizes[size] += 1
         self._slots: dict[tuple[Any, ...], int] = {}
-        self.views: list[tuple[int, np.dtype[Any], int]] = []
-        """Slots that are registers: number, type and place in the file."""
+        self.views: list[tuple[int, np.dtype[Any], int, int, slice]] = []
+        """Slots that are registers: number, type, bytes, place in the file, and which of the elements in it."""
         self.constants: dict[int, np.ndarray] = {}
         self.special: dict[int, str] = {}
         self.steps = [self._step(instruction) for instruction in kernel.instructions]
@@ -133,10 +133,25 @@ class Program:
         size, place = self.places[operand.name]
         if size != kind.itemsize:
             raise UnsupportedError(f"{operand.name} of {size} bytes as {kind}")
-        key = (operand.name, kind)
+        return self._view(operand.name, kind, slice(None))
+
+    def part(self, operand: Operand, kind: Any, index: int, count: int) -> int:
+        """The slot of one of the ``count`` parts of a register: its bits from ``index`` times the type's size on."""
+        if not isinstance(operand, Reg) or self.places[operand.name][0] != count * np.dtype(kind).itemsize:
+            raise UnsupportedError(f"{operand} as {count} of {kind}")
+        return self._view(operand.name, np.dtype(kind), slice(index, None, count))
+
+    def packed(self, operand: Operand, kind: Any) -> int:
+        """The slot of a register as small numbers side by side, those of lane 0 first."""
+        if not isinstance(operand, Reg) or self.places[operand.name][0] % np.dtype(kind).itemsize:
+            raise UnsupportedError(f"{operand} as a vector of {kind}")
+        return self._view(operand.name, np.dtype(kind), slice(None))
+
+    def _view(self, name: str, kind: np.dtype[Any], elements: slice) -> int:
+        key = (name, kind, elements.start, elements.step)
         if key not in self._slots:
             self._slots[key] = len(self._slots)
-            self.views.append((self._slots[key], kind, place))
+            self.views.append((self._slots[key], kind, *self.places[name], elements))
         return self._slots[key]
 
     def register_kind(self, operand: Operand) -> Any:
@@ -179,11 +194,11 @@ class Program:
         files = {size: np.full((max(count, 1), LANES), -1).astype(FILES[size]) for size, count in self.sizes.items()}
         files[1][:] = rng.random(files[1].shape) < 0.5
         slots: list[Any] = [None] * self.slot_count
-        views: dict[np.dtype[Any], list[np.ndarray]] = {}
-        for slot, kind, place in self.views:
-            if kind not in views:
-                views[kind] = list(files[kind.itemsize].view(kind))
-            slots[slot] = views[kind][place]
+        views: dict[tuple[int, np.dtype[Any]], np.ndarray] = {}
+        for slot, kind, size, place, elements in self.views:
+            if (size, kind) not in views:
+                views[size, kind] = files[size].view(kind)
+            slots[slot] = views[size, kind][place, elements]
         for slot, array in self.constants.items():
             slots[slot] = array
         for slot, name in self.special.items():

@@ -18,7 +18,7 @@ from ptx.warp import Warp
 from ptx.wgmma import Shape
 
 
-def _uniform(values: np.ndarray, what: str) -> int:
+def uniform(values: np.ndarray, what: str) -> int:
     """The value that all active threads have."""
     if (values != values[0]).any():
         raise DivergenceError(f"{what} differs between threads")
@@ -58,8 +58,11 @@ def barrier_arrive(program: Program, ins: Instruction) -> Run:
     times = program.slot(ins.operands[2] if len(ins.operands) > 2 else Imm(1), np.uint32)
 
     def run(w: Warp) -> None:
-        for address, count in zip(addresses(w, slot, offset).tolist(), _active(w, times).tolist(), strict=True):
-            w.block.shared.barrier(w, address).arrive(w, count)
+        at, counts = addresses(w, slot, offset).tolist(), _active(w, times).tolist()
+        barriers = [w.block.shared.barrier(w, address) for address in at]
+        message = w.release()
+        for barrier, count in zip(barriers, counts, strict=True):
+            barrier.arrive(message, count)
 
     return run
 
@@ -73,7 +76,7 @@ def barrier_expect(program: Program, ins: Instruction) -> Run:
         for address, bytes_ in zip(addresses(w, slot, offset).tolist(), _active(w, count).tolist(), strict=True):
             barrier = w.block.shared.barrier(w, address)
             barrier.expect(bytes_)
-            barrier.arrive(w, 1)
+            barrier.arrive(w.release())
 
     return run
 
@@ -86,8 +89,8 @@ def barrier_wait(program: Program, ins: Instruction) -> Run:
     phase = program.slot(ins.operands[2], np.uint32)
 
     def run(w: Warp) -> None:
-        barrier = w.block.shared.barrier(w, _uniform(addresses(w, slot, offset), "the barrier of a wait"))
-        parity = _uniform(_active(w, phase), "the parity of a wait")
+        barrier = w.block.shared.barrier(w, uniform(addresses(w, slot, offset), "the barrier of a wait"))
+        parity = uniform(_active(w, phase), "the parity of a wait")
         if barrier.passed(parity):
             barrier.observe(w)
             w.assign(to, True)
@@ -125,8 +128,8 @@ def named_barrier(program: Program, ins: Instruction) -> Run:
     def run(w: Warp) -> None:
         if not w.together("bar.sync"):
             return
-        index = _uniform(w.slots[number], "the number of bar.sync")
-        count = w.block.threads if threads is None else _uniform(w.slots[threads], "the threads of bar.sync")
+        index = uniform(w.slots[number], "the number of bar.sync")
+        count = w.block.threads if threads is None else uniform(w.slots[threads], "the threads of bar.sync")
         barrier = w.block.named.setdefault(index, NamedBarrier(index))
         if w.arrived is None:
             w.arrived = barrier.arrive(w, count)
@@ -262,22 +265,22 @@ def mma(program: Program, ins: Instruction) -> Run:
     if isinstance(a, Vector):
         transposed = [0, *transposed]
     facts = Shape(int(shape[1]), shape[2] == "f16", bool(transposed[0]), bool(transposed[1]), sign_a * sign_b)
-    rows = _places(program, accumulator)
-    registers = _places(program, a) if isinstance(a, Vector) else None
+    rows = register_places(program, accumulator)
+    registers = register_places(program, a) if isinstance(a, Vector) else None
     a_slot = -1 if isinstance(a, Vector) else program.slot(a, np.uint64)
     b_slot, predicate = program.slot(b, np.uint64), program.slot(accumulate, np.bool_)
 
     def run(w: Warp) -> None:
         if not w.together("wgmma"):
             return
-        first = _uniform(w.slots[a_slot], "a descriptor") if registers is None else registers
-        second = _uniform(w.slots[b_slot], "a descriptor")
-        w.mma.issue(ins.line, facts, rows, first, second, bool(_uniform(w.slots[predicate], "scale-d")))
+        first = uniform(w.slots[a_slot], "a descriptor") if registers is None else registers
+        second = uniform(w.slots[b_slot], "a descriptor")
+        w.mma.issue(ins.line, facts, rows, first, second, bool(uniform(w.slots[predicate], "scale-d")))
 
     return run
 
 
-def _places(program: Program, vector: Vector) -> np.ndarray:
+def register_places(program: Program, vector: Vector) -> np.ndarray:
     return np.array([program.places[item.name][1] for item in vector.items])  # type: ignore[union-attr]
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx.errors import DivergenceError, InFlightError, PtxError
+from ptx.memory import joined
 from ptx.program import LANES, Program, Step
+from ptx.tmem import Area, Order
 
 if TYPE_CHECKING:
     from ptx.machine import Block
@@ -58,6 +60,9 @@ class Warp:
         self.stores: dict[int, StoreGroups] = {}
         self.mma = block.new_mma_queue(self)
         self.clock = block.shared.new_clock(index)
+        self.tensor = Order(block.shared.readers, index, block.machine.tensor_fences)
+        self.tensor_loads: list[tuple[Area, np.ndarray, np.ndarray]] = []
+        self.tensor_stores: list[Area] = []
         self._become(np.ones(LANES, np.bool_))
 
     def _become(self, mask: np.ndarray) -> None:
@@ -136,6 +141,22 @@ class Warp:
         elif key != NOBODY:
             self.others.append((target, taken, None))
             self._become(self.mask & ~taken)
+
+    def message(self) -> np.ndarray:
+        """What an arrival tells: the clock, and what there is to know of tensor memory."""
+        return np.concatenate((self.clock, self.tensor.message()))
+
+    def release(self) -> np.ndarray:
+        """The message of an arrival; what comes after it is not part of it."""
+        message = self.message()
+        self.clock[self.index] += 1
+        return message
+
+    def hear(self, message: np.ndarray) -> None:
+        """Learns what others did who arrived."""
+        count = len(self.clock)
+        self.clock[:] = joined(self.clock, message[:count])
+        self.tensor.hear(message[count:])
 
     def leave(self) -> None:
         """The active threads end."""

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx.errors import DescriptorError, DivergenceError, InFlightError
-from ptx.tma import swizzle
+from ptx.operands import K, Layout, field, places, widen
 
 if TYPE_CHECKING:
     from ptx.warp import Warp
 
-K = 16
 ROWS = 16
 """Rows of one warp."""
 FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
@@ -27,44 +26,19 @@ ACCUMULATOR, OPERAND = "an accumulator in flight", "an operand in flight"
 SPANS = {1: 128, 2: 64, 3: 32}
 
 
-def operand_addresses(descriptor: int, rows: int, transposed: bool) -> Any:
-    """Addresses of the elements ``[rows, 16]`` of an operand in shared memory.
-
-    Rows of a plain operand are ``span`` bytes long; ``stride`` leads from 8 rows to the next 8. In a transposed one it
-    leads from 8 columns to the next 8, and ``leading`` from one piece of ``span`` bytes of rows to the next.
+@functools.cache
+def decoded(descriptor: int) -> Layout:
+    """An operand in shared memory.
 
     Raises:
-        DescriptorError: unknown bits, or a start that does not fit the swizzle.
+        DescriptorError: unknown bits.
     """
     if descriptor & ~FIELDS:
         raise DescriptorError(f"descriptor {descriptor:#x} has bits that mean nothing")
-    if descriptor >> 62 not in SPANS or descriptor >> 49 & 7:
+    if field(descriptor, 62, 2) not in SPANS or field(descriptor, 49, 3):
         raise DescriptorError(f"descriptor {descriptor:#x}: without swizzle, or with a base offset")
-    span = SPANS[descriptor >> 62]
-    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    if start % (8 * span) >= span:
-        raise DescriptorError(f"descriptor {descriptor:#x}: starts within a pattern of the swizzle")
-    row, column = np.arange(rows)[:, None], np.arange(K)[None]
-    if transposed:
-        piece = span // 2
-        places = row // piece * leading + column // 8 * stride + column % 8 * span + row % piece * 2
-    else:
-        places = row // 8 * stride + row % 8 * span + column * 2
-    return swizzle(start + places, span)
-
-
-@functools.lru_cache(maxsize=4096)
-def operand_places(descriptor: int, first: int, rows: int, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Addresses of ``rows`` rows from ``first`` on, and those of the words that hold them."""
-    addresses = operand_addresses(descriptor, first + rows, transposed)[first:]
-    return addresses, np.unique(addresses // 4 * 4)
-
-
-def widen(bits: np.ndarray, float16: bool) -> Any:
-    """16-bit floats as float32."""
-    if float16:
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    start, leading, stride = (field(descriptor, first, 14) << 4 for first in (0, 16, 32))
+    return Layout(start, leading, stride, SPANS[field(descriptor, 62, 2)])
 
 
 def to_matrix(fragment: np.ndarray) -> np.ndarray:
@@ -122,7 +96,7 @@ class Product:
         return accumulator | {(4, row): OPERAND for row in self.inputs}
 
     def _elements(self, descriptor: int, first: int, rows: int, transposed: bool) -> np.ndarray:
-        addresses, words = operand_places(descriptor, first, rows, transposed)
+        addresses, words = places(decoded(descriptor), first, rows, transposed)
         self.reads.append(self.shared.region.elements(words, 4))
         return (addresses - self.shared.region.base) // 2
 
