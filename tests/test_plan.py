@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from ptx.hopper import HostPlan, Recorder
+from ptx.launch import HostPlan, Recorder
 
 from gna_flex import GNA
 from gna_flex.cuda import driver, forward, jit

@@ -16,7 +16,7 @@ from gna_flex.cuda.tables import KernelTiles
 
 needs_nvrtc()
 
-from ptx import hopper  # noqa: E402
+from ptx import launch  # noqa: E402
 
 
 class Problem(NamedTuple):
@@ -137,12 +137,12 @@ def in_low_precision(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, sc
     return (weights.to(query.dtype).float() @ v / weights.sum(-1, keepdim=True)).to(query.dtype)
 
 
-def check(problem: Problem, seed: int, **options) -> hopper.Machine:
+def check(problem: Problem, seed: int, **options) -> launch.Machine:
     """Runs a problem and compares it with float64."""
     tensors, keep = problem.tensors(), problem.keep()
     scale = tensors[0].shape[-1] ** -0.5 if problem.scale is None else problem.scale
     valid = torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None
-    out, lse, machine = hopper.run(
+    out, lse, machine = launch.run(
         problem.gnas,
         tensors,
         problem.config,

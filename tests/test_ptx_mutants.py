@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
-from ptx import hopper
+from ptx import launch
 from ptx.errors import PtxError, UnsupportedError
 
 # Importing it skips this file, too, without NVRTC.
@@ -89,8 +89,8 @@ QUICK = ("no proxy fence", "no product wait", "no barrier fence", "no store wait
 
 @cache
 def text() -> str:
-    plan = hopper.HostPlan((PROBLEM.gna,), CONFIG, TWO, CONFIG.head_dim, False)
-    return hopper.ptx(plan.config)
+    plan = launch.HostPlan((PROBLEM.gna,), CONFIG, TWO, CONFIG.head_dim, False)
+    return launch.ptx(plan.config)
 
 
 def cannot_matter(name: str, at: int, match: re.Match[str]) -> bool:

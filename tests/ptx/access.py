@@ -106,7 +106,7 @@ def store(program: Program, ins: Instruction) -> Run:
 ATOMIC: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
-@opcode("atom.global", "red.global")
+@opcode("atom.global", "atom.relaxed.gpu.global", "red.global", "red.relaxed.gpu.global")
 def atomic(program: Program, ins: Instruction) -> Run:
     only(ins, "global", "relaxed", "gpu", *ATOMIC)
     kind = TYPES[ins.parts[-1]]

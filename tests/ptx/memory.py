@@ -2,8 +2,9 @@
 
 Shared memory knows who wrote and read each of its words of 4 bytes last, and when. Agents are the warps of the block,
 its pipes, whose matrix products read, and its barriers, whose copies write; time is the agent's own count: releases of
-a warp, products of a pipe, phases of a barrier. Every warp has a clock: how far it has seen each agent, through barriers. An access must come after earlier ones in that
-sense, whatever the order in which they happen to run, so races show with every seed.
+a warp, products of a pipe, phases of a barrier. Every warp has a clock: how far it has seen each agent, through
+barriers. An access must come after earlier ones in that sense, whatever the order in which they happen to run, so races
+show with every seed.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Program:
             if operand.name not in SPECIAL:
                 raise UnsupportedError(operand.name)
             return self._new((operand.name, kind), self.special, operand.name)
-        size, place = self.places[operand.name]
+        size, _ = self.places[operand.name]
         if size != kind.itemsize:
             raise UnsupportedError(f"{operand.name} of {size} bytes as {kind}")
         return self._view(operand.name, kind, slice(None))

@@ -142,6 +142,18 @@ def named_barrier(program: Program, ins: Instruction) -> Run:
     return run
 
 
+@opcode("bar.warp.sync")
+def warp_barrier(program: Program, ins: Instruction) -> Run:
+    mask = program.slot(ins.operands[0], np.uint32)
+
+    def run(w: Warp) -> None:
+        if (w.slots[mask] != 0xFFFFFFFF).any():
+            raise UnsupportedError("bar.warp.sync among a part of the warp")
+        w.together("bar.warp.sync")
+
+    return run
+
+
 @opcode("setmaxnreg.inc.sync.aligned.u32", "setmaxnreg.dec.sync.aligned.u32")
 def set_registers(program: Program, ins: Instruction) -> Run:
     count, more = _constant(ins.operands[0]), ins.parts[1] == "inc"

@@ -1,4 +1,4 @@
-"""Matrix products of tensor memory: 128 rows of A times N columns of B, issued by one thread; loads and stores of warps.
+"""Matrix products of tensor memory, 128 rows of A times N columns of B that one thread issues; loads and stores.
 
 The products of one thread are done one after the other, any time after they were issued; a commit is one more thing in
 this line, an arrival. Loads and stores of a warp are done when it waits for them.
@@ -15,10 +15,10 @@ import numpy as np
 
 from ptx.access import addresses, pointer
 from ptx.barriers import MBarrier
-from ptx.errors import AllocationError, ArrivalError, DescriptorError, OutOfBoundsError, PtxError, UnsupportedError
+from ptx.errors import AllocationError, ArrivalError, DescriptorError, OutOfBoundsError, UnsupportedError
 from ptx.memory import FUTURE
 from ptx.operands import K, Layout, field, places, widen
-from ptx.parse import Address, Imm, Instruction, Symbol, Vector
+from ptx.parse import Address, Instruction, Vector
 from ptx.program import Program, Run, opcode
 from ptx.sync import register_places, uniform
 from ptx.tmem import COLUMNS, LANES, QUARTER, Area
@@ -48,7 +48,9 @@ def decoded(descriptor: int) -> Layout:
     if kind not in (0, 1, *SPANS):
         raise DescriptorError(f"descriptor {descriptor:#x}: no swizzle has the number {kind}")
     if kind not in SPANS or field(descriptor, 49, 4):
-        raise UnsupportedError(f"descriptor {descriptor:#x}: swizzle {kind}, base offset or mode of the leading dimension")
+        raise UnsupportedError(
+            f"descriptor {descriptor:#x}: swizzle {kind}, base offset or mode of the leading dimension"
+        )
     start, leading, stride = (field(descriptor, first, 14) << 4 for first in (0, 16, 32))
     return Layout(start, leading, stride, SPANS[kind])
 
@@ -81,7 +83,9 @@ def shape(bits: int) -> Shape:
     if rows not in (64, 128) or not 8 <= columns <= 256 or columns % (16 if rows == 128 else 8):
         raise DescriptorError(f"instruction descriptor {bits:#x}: {rows} rows, {columns} columns")
     if field(bits, 0, 3) or accumulator == 0 or rows == 64 or a != b:
-        raise UnsupportedError(f"instruction descriptor {bits:#x}: sparse, or 64 rows, or types {accumulator}, {a}, {b}")
+        raise UnsupportedError(
+            f"instruction descriptor {bits:#x}: sparse, or 64 rows, or types {accumulator}, {a}, {b}"
+        )
     sign = (-1) ** (field(bits, 13, 1) + field(bits, 14, 1))
     return Shape(rows, columns, a == 0, bool(field(bits, 15, 1)), bool(field(bits, 16, 1)), sign)
 
@@ -141,7 +145,7 @@ class Pipe:
     def multiply(
         self, warp: Warp, instruction: int, to: int, a: Layout | int, b: Layout, accumulate: bool, off: np.ndarray
     ) -> None:
-        """Begins a product. ``a`` is in shared memory, or at an address of tensor memory; ``off`` are lanes left alone."""
+        """Begins a product. ``a`` is in shared memory, or an address of tensor memory; ``off``: lanes left alone."""
         facts, memory = shape(instruction), self.block.tensor_memory
         target = Area(to, facts.rows, facts.columns)
         self.count += 1
@@ -295,15 +299,16 @@ def multiply(program: Program, ins: Instruction) -> Run:
 
     def run(w: Warp) -> None:
         lane = w.lane("tcgen05.mma")
-        s = w.slots
-        left_alone = np.zeros(LANES, np.bool_)
+
+        def value(slot: int) -> int:
+            return int(w.slots[slot][lane])
+
+        off = np.zeros(LANES, np.bool_)
         for i, mask in enumerate(masks):
-            left_alone[32 * i : 32 * i + 32] = int(s[mask][lane]) >> np.arange(32) & 1
-        x, y = int(s[first][lane]), decoded(int(s[second][lane]))
-        at = int(s[target][lane]) + target_offset
-        w.block.pipe(w, lane).multiply(
-            w, int(s[bits][lane]), at, x + first_offset if in_memory else decoded(x), y, bool(s[predicate][lane]), left_alone
-        )
+            off[32 * i : 32 * i + 32] = value(mask) >> np.arange(32) & 1
+        x = value(first) + first_offset if in_memory else decoded(value(first))
+        at, y = value(target) + target_offset, decoded(value(second))
+        w.block.pipe(w, lane).multiply(w, value(bits), at, x, y, bool(value(predicate)), off)
 
     return run
 

@@ -10,16 +10,19 @@ early is an error, with every seed. Columns begin as NaN, which nobody may read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx.errors import AllocationError, OutOfBoundsError, RaceError, UninitialisedError
-from ptx.memory import FUTURE, joined
+from ptx.memory import joined
 
 if TYPE_CHECKING:
     from ptx.warp import Warp
 
+Excuse = Callable[[np.ndarray, np.ndarray], bool]
+"""Whether accesses, by agents and at times, may be overtaken though nothing orders them."""
 LANES, COLUMNS = 128, 512
 QUARTER = 32
 """Lanes that a warp can load and store, by its place in its warpgroup."""
@@ -118,9 +121,7 @@ class TensorMemory:
 
     # ---- accesses
 
-    def check(
-        self, known: np.ndarray, area: Area, what: str, *, write: bool, excuse: Excuse | None = None
-    ) -> None:
+    def check(self, known: np.ndarray, area: Area, what: str, *, write: bool, excuse: Excuse | None = None) -> None:
         """Whether an access is allowed to what comes next after the ``known`` accesses.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Our Hopper forward kernel in the interpreter, launched by the package's own host code, but for the driver."""
+"""Our forward kernels in the interpreter, launched by the package's own host code, but for the driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gna_flex import GNA
 from gna_flex.cuda import driver, forward, jit
-from gna_flex.cuda.kernel import Config
+from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.tables import KernelTiles
 from ptx.machine import Machine
 from ptx.parse import Kernel, parse
@@ -24,16 +24,17 @@ SPANS = (0, 32, 64, 128)
 
 
 @functools.cache
-def ptx(config: Config) -> str:
-    """The kernel's PTX, from NVRTC.
+def ptx(config: KernelConfig) -> str:
+    """The PTX of the kernel that a configuration is for, from NVRTC; of the Blackwell kernel for B200.
 
     Raises:
         ImportError: cuda-bindings or NVRTC is not installed.
     """
     nvrtc = jit._nvrtc()
     source, include = config.source(), config.include()
-    _, *flags = jit._flags("sm_90a", config.defines(), ())
-    flags = ["--gpu-architecture=compute_90a", *(flag for flag in flags if not flag.startswith("--ptxas"))]
+    architecture = config.arch((10, 0)).replace("sm_", "compute_")
+    _, *flags = jit._flags("sm_100a", config.defines(), ())
+    flags = [f"--gpu-architecture={architecture}", *(flag for flag in flags if not flag.startswith("--ptxas"))]
     texts, names = [text.encode() for text in include.values()], [name.encode() for name in include]
     program = jit._value(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"forward.cu", len(names), texts, names))
     try:
@@ -46,16 +47,17 @@ def ptx(config: Config) -> str:
 
 
 @functools.cache
-def kernel(config: Config) -> Kernel:
+def kernel(config: KernelConfig) -> Kernel:
     return parse(ptx(config))
 
 
 class HostPlan(forward.Plan):
     """A plan whose tables are in CPU memory, and whose kernel is not compiled for a GPU."""
 
-    def __init__(self, gnas: Sequence[GNA], config: Config, tiles: KernelTiles, head_dim: int, float16: bool) -> None:
-        request = forward.Request(tuple(gnas), head_dim, float16, 0, tiles, config)
-        super().__init__(request)
+    def __init__(
+        self, gnas: Sequence[GNA], config: KernelConfig, tiles: KernelTiles, head_dim: int, float16: bool
+    ) -> None:
+        super().__init__(forward.Request(tuple(gnas), head_dim, float16, 0, tiles, config))
 
     def _load(self, device: torch.device) -> None:
         self.processors = 1
@@ -80,7 +82,7 @@ class Recorder:
 def run(
     gnas: GNA | Sequence[GNA],
     tensors: tuple[Tensor, Tensor, Tensor],
-    config: Config,
+    config: KernelConfig,
     tiles: KernelTiles,
     seed: int = 0,
     *,
@@ -88,8 +90,11 @@ def run(
     scale: float | None = None,
     text_valid: Tensor | None = None,
     change: Callable[[str], str] | None = None,
+    **rules: bool,
 ) -> tuple[Tensor, Tensor, Machine]:
-    """Output, log-sum-exp and the machine after a launch of ``blocks`` blocks; ``change`` edits the PTX before.
+    """Output, log-sum-exp and the machine after a launch of ``blocks`` blocks.
+
+    ``change`` edits the PTX before; ``rules`` are options of the machine.
 
     Raises:
         PtxError: a fault of the kernel.
@@ -103,7 +108,7 @@ def run(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with mock.patch.object(driver, "driver", return_value=recorder):
         maps, params = plan.arguments((q, k, v, out), lse, counters, scale, text_valid).values
-    machine = Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed)
+    machine = Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules)
     arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "counters": counters}
     arrays |= {"items": plan.items, "windows": plan.windows}
     arrays |= {"gna_of_head": plan.gna_of_head} if plan.gna_of_head is not None else {}
