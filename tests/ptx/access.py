@@ -62,13 +62,23 @@ def load(program: Program, ins: Instruction) -> Run:
         wide = np.dtype(f"{np.dtype(kind).kind}{np.dtype(wide).itemsize}")
     to = [program.slot(item, wide) for item in items]
     slot, offset = pointer(program, ins.operands[1])
+    bytes_ = -1 if ins.used is None else ins.used
+    unused = [i for i in range(count) if not bytes_ >> i * size & (1 << size) - 1]
+    poison = np.array(-1).astype(kind)
+    if unused and size != 4:
+        raise UnsupportedError("a load of which some bytes are not used, of elements that are no words")
 
     def run(w: Warp) -> None:
         at = addresses(w, slot, offset)
         data, index = _locate(w, space, at, size, count)
         if space == "shared":
-            w.block.shared.plain_read(w, w.block.shared.words(at, size * count))
+            words = w.block.shared.words(at, size * count)
+            if unused:
+                words = np.delete(words.reshape(-1, count), unused, 1).reshape(-1)
+            w.block.shared.plain_read(w, words)
         values = data[index].view(kind)
+        if unused:
+            values[:, unused] = poison
         for i, register in enumerate(to):
             if w.full:
                 w.slots[register][:] = values[:, i]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptx.errors import UnsupportedError
-from ptx.parse import Instruction, Symbol, Vector
+from ptx.parse import SINK, Instruction, Symbol, Vector
 from ptx.program import FILES, TYPES, Program, Run, opcode
 from ptx.warp import Warp
 
@@ -141,7 +141,7 @@ def quotient(a: np.ndarray, b: np.ndarray) -> Any:
 @opcode("div", "rem")
 def divide(program: Program, ins: Instruction) -> Run:
     only(ins)
-    kind = {"s32": np.int32, "u32": np.uint32}[ins.parts[-1]]
+    kind = {"s32": np.int32, "u32": np.uint32, "u16": np.uint16}[ins.parts[-1]]
     if ins.parts[0] == "div":
         return general(program, ins, lambda a, b: quotient(a, b).astype(kind), kind, (kind, kind))
     return general(program, ins, lambda a, b: (a - quotient(a, b) * b).astype(kind), kind, (kind, kind))
@@ -242,9 +242,13 @@ def _pack(program: Program, ins: Instruction, kind: Any) -> Run:
     assert isinstance(vector, Vector)
     count = len(vector.items)
     part = FILES[np.dtype(kind).itemsize // count]
-    small = [program.slot(item, part) for item in vector.items]
-    pieces = [program.part(source if vector is to else to, part, i, count) for i in range(count)]
-    moves = list(zip(small, pieces, strict=True) if vector is to else zip(pieces, small, strict=True))
+    whole = source if vector is to else to
+    wanted = [(i, item) for i, item in enumerate(vector.items) if item != SINK]
+    if vector is source and len(wanted) < count:
+        raise UnsupportedError(ins.text)
+    moves = [(program.slot(item, part), program.part(whole, part, i, count)) for i, item in wanted]
+    if vector is source:
+        moves = [(piece, small) for small, piece in moves]
 
     def run(w: Warp) -> None:
         s = w.slots

@@ -102,6 +102,7 @@ class Machine:
         self.queues: list[Queue | tcgen05.Pipe] = []
         self.under_way: list[Copy] = []
         self.executed = 0
+        self.grid: list[Block] = []
         self.program: Program
 
     def tensor(self, address: int) -> TensorMap:
@@ -134,9 +135,9 @@ class Machine:
             self.maps |= {symbols[name] + at: each for at, each in offsets.items()}
         with np.errstate(all="ignore"):
             self.program = Program(self.kernel, symbols)
-            grid = [Block(self, index, blocks, threads, shared) for index in range(blocks)]
-            self._run([warp for block in grid for warp in block.warps])
-        if any(block.mma_log for block in grid):
+            self.grid = [Block(self, index, blocks, threads, shared) for index in range(blocks)]
+            self._run([warp for block in self.grid for warp in block.warps])
+        if any(block.mma_log for block in self.grid):
             raise DivergenceError("some warps of a warpgroup have issued fewer matrix products than others")
 
     def _run(self, warps: list[Warp]) -> None:

@@ -54,13 +54,14 @@ SINK = Symbol("_")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. ``guard`` is its predicate and whether that is negated."""
+    """One instruction. ``guard`` is its predicate and whether that is negated; ``used`` which bytes of a load count."""
 
     opcode: str
     operands: tuple[Operand, ...]
     guard: tuple[Reg, bool] | None
     line: int
     text: str
+    used: int | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -85,6 +86,7 @@ _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)\s+(\w+)(?:\[(
 _SHARED = re.compile(r"\.extern\s+\.shared\s+[^;]*?\s(\w+)\[\];")
 _STATEMENT = re.compile(r"\s*(?:([$\w]+)\s*:(?!:)|([{}])|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)", re.S)
 _GUARD = re.compile(r"@(!?)([%\w.]+)\s+(.*)", re.S)
+_USED = re.compile(r'\.pragma\s+"used_bytes_mask (0x[0-9a-f]+)"')
 _RANGE = re.compile(r"(.+)<(\d+)>")
 
 
@@ -114,6 +116,7 @@ class _Body:
         self.kernel = kernel
         self.scopes: list[tuple[int, set[str]]] = [(0, set())]
         self.count = 0
+        self.used: int | None = None
 
     def read(self, text: str, at: int) -> None:
         for label, brace, statement, line in self._statements(text, at):
@@ -128,6 +131,8 @@ class _Body:
                 self.kernel.labels[self._scoped(label)] = len(self.kernel.instructions)
             elif statement.startswith(".reg"):
                 self._declare(statement)
+            elif match := _USED.fullmatch(statement):
+                self.used = int(match[1], 16)
             elif statement and not statement.startswith("."):
                 self.kernel.instructions.append(self._instruction(statement, line))
         raise UnsupportedError("a function without an end")
@@ -167,7 +172,8 @@ class _Body:
             guard, rest = (Reg(self._scoped(match[2])), bool(match[1])), match[3]
         opcode, *operands = rest.split(None, 1)
         items = tuple(self._operand(item) for text in operands for item in _split(text))
-        return Instruction(opcode, items, guard, line, " ".join(statement.split()))
+        used, self.used = self.used, None
+        return Instruction(opcode, items, guard, line, " ".join(statement.split()), used)
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):

@@ -371,6 +371,7 @@ def store(program: Program, ins: Instruction) -> Run:
         memory.note(area, w.index, FUTURE, write=True)
         memory.values[area.where] = w.file[rows].T
         w.tensor_stores.append(area)
+        memory.stores[w.index] += 1
 
     return run
 

@@ -10,6 +10,7 @@ early is an error, with every seed. Columns begin as NaN, which nobody may read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,8 @@ class TensorMemory:
         self.allocations: dict[int, int] = {}
         """Columns of each allocation, by the first of them."""
         self.relinquished = False
+        self.stores: Counter[int] = Counter()
+        """Instructions that stored, by warp: which way a kernel went."""
         self._free = np.ones(COLUMNS, np.bool_)
 
     # ---- allocation
