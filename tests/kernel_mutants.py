@@ -84,9 +84,9 @@ class Mutation:
         for problem, seed in self.runs:
             try:
                 check(problem, seed, change=lambda _: mutant)
-            except UnsupportedError:
-                raise  # a mutant that is no PTX
             except (PtxError, AssertionError) as error:
+                if type(error) is UnsupportedError:
+                    raise  # a mutant that is no PTX
                 return type(error).__name__
         return ""
 

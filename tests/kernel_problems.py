@@ -73,7 +73,12 @@ HALF = torch.float16
 TWO = KernelTiles((1, 4, 8), 2, 1, (1, 4, 8), 32)
 PAIR = tiles((1, 8, 8), (1, 4, 8), 32)
 FEATURES: dict[str, tuple[GNA | tuple[GNA, ...], Shapes, Shapes, dict[str, Any]]] = {
-    "2-D": (GNA((8, 12), (3, 5)), (Config(64, 32), TWO), (BlackwellConfig(64, 32), tiles((1, 4, 8), (1, 4, 8), 32)), {}),
+    "2-D": (
+        GNA((8, 12), (3, 5)),
+        (Config(64, 32), TWO),
+        (BlackwellConfig(64, 32), tiles((1, 4, 8), (1, 4, 8), 32)),
+        {},
+    ),
     "whole windows": (
         GNA((8, 16), (8, 16)),
         (Config(64, 32), TWO),

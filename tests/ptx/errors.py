@@ -9,6 +9,10 @@ class UnsupportedError(PtxError):
     """PTX that the interpreter does not know: nothing is guessed."""
 
 
+class UnsupportedValueError(UnsupportedError):
+    """Something that is not known and shows only when the kernel runs, as in the bits of a descriptor."""
+
+
 class OutOfBoundsError(PtxError):
     """An address outside of every array, of the shared memory, or not aligned."""
 

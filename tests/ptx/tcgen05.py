@@ -15,7 +15,14 @@ import numpy as np
 
 from ptx.access import addresses, pointer
 from ptx.barriers import MBarrier
-from ptx.errors import AllocationError, ArrivalError, DescriptorError, OutOfBoundsError, UnsupportedError
+from ptx.errors import (
+    AllocationError,
+    ArrivalError,
+    DescriptorError,
+    OutOfBoundsError,
+    UnsupportedError,
+    UnsupportedValueError,
+)
 from ptx.memory import FUTURE
 from ptx.operands import K, Layout, field, places, widen
 from ptx.parse import Address, Instruction, Vector
@@ -40,7 +47,7 @@ def decoded(descriptor: int) -> Layout:
 
     Raises:
         DescriptorError: bits that mean nothing, or that the hardware would not take.
-        UnsupportedError: no swizzle, one of 32-byte pieces, a base offset, an absolute leading dimension.
+        UnsupportedValueError: no swizzle, one of 32-byte pieces, a base offset, an absolute leading dimension.
     """
     if descriptor & ~FIELDS or field(descriptor, 46, 3) != 1:
         raise DescriptorError(f"descriptor {descriptor:#x} has bits that mean nothing, or lacks some")
@@ -48,7 +55,7 @@ def decoded(descriptor: int) -> Layout:
     if kind not in (0, 1, *SPANS):
         raise DescriptorError(f"descriptor {descriptor:#x}: no swizzle has the number {kind}")
     if kind not in SPANS or field(descriptor, 49, 4):
-        raise UnsupportedError(
+        raise UnsupportedValueError(
             f"descriptor {descriptor:#x}: swizzle {kind}, base offset or mode of the leading dimension"
         )
     start, leading, stride = (field(descriptor, first, 14) << 4 for first in (0, 16, 32))
@@ -72,7 +79,7 @@ def shape(bits: int) -> Shape:
 
     Raises:
         DescriptorError: bits that mean nothing, or a size or a type that the hardware would not take.
-        UnsupportedError: sparse operands, 64 rows, an accumulator of 16-bit floats, operands of two types.
+        UnsupportedValueError: sparse operands, 64 rows, an accumulator of 16-bit floats, operands of two types.
     """
     accumulator, a, b = field(bits, 4, 2), field(bits, 7, 3), field(bits, 10, 3)
     columns, rows = field(bits, 17, 6) << 3, field(bits, 24, 5) << 4
@@ -83,7 +90,7 @@ def shape(bits: int) -> Shape:
     if rows not in (64, 128) or not 8 <= columns <= 256 or columns % (16 if rows == 128 else 8):
         raise DescriptorError(f"instruction descriptor {bits:#x}: {rows} rows, {columns} columns")
     if field(bits, 0, 3) or accumulator == 0 or rows == 64 or a != b:
-        raise UnsupportedError(
+        raise UnsupportedValueError(
             f"instruction descriptor {bits:#x}: sparse, or 64 rows, or types {accumulator}, {a}, {b}"
         )
     sign = (-1) ** (field(bits, 13, 1) + field(bits, 14, 1))
@@ -219,7 +226,7 @@ def allocate(program: Program, ins: Instruction) -> Run:
         words = shared.words(to, 4)
         shared.plain_write(w, words, w.threads[:1])
         start = w.block.machine.random.choice(places)
-        memory.allocate(start, columns)
+        memory.allocate(w, start, columns)
         shared.region.view(4)[words] = start
 
     return run

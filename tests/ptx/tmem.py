@@ -101,6 +101,8 @@ class TensorMemory:
         self.stores: Counter[int] = Counter()
         """Instructions that stored, by warp: which way a kernel went."""
         self._free = np.ones(COLUMNS, np.bool_)
+        self._maker, self._made = np.zeros((2, COLUMNS), np.int64)
+        """Which warp has allocated each column, and when."""
 
     # ---- allocation
 
@@ -109,8 +111,9 @@ class TensorMemory:
         starts = range(0, COLUMNS - columns + 1, 32)
         return [start for start in starts if self._free[start : start + columns].all()]
 
-    def allocate(self, start: int, columns: int) -> None:
+    def allocate(self, warp: Warp, start: int, columns: int) -> None:
         area = slice(start, start + columns)
+        self._maker[area], self._made[area] = warp.index, warp.tensor.known[warp.index]
         self.values[:, area], self.writer[:, area] = 0xFFFFFFFF, -1
         self.written[:, area], self.read[:, area] = 0, 0
         self.allocations[start], self._free[area] = columns, False
@@ -130,10 +133,12 @@ class TensorMemory:
         Raises:
             OutOfBoundsError: it is not allocated.
             UninitialisedError: it is read, but was not written.
-            RaceError: an earlier access is under way, or nothing orders it before this one.
+            RaceError: an earlier access is under way, or nothing orders it, or the allocation, before this one.
         """
         if self._free[area.columns].any():
             raise OutOfBoundsError(f"{what} of {area}: not allocated")
+        if (self._made[area.columns] > known[self._maker[area.columns]]).any():
+            raise RaceError(f"{what} of {area}: nothing orders its allocation before")
         writer, written = self.writer[area.watched], self.written[area.watched]
         if not write and (writer < 0).any():
             raise UninitialisedError(f"{what} of {area}: nothing was written there")
