@@ -13,6 +13,8 @@ from ptx.errors import PtxError, UnsupportedError
 
 Change = tuple[str, str | Callable[[re.Match[str]], str], int]
 """What is looked for, what takes its place, and the step from one occurrence that is tried to the next."""
+ENDLESS = 1_000_000
+"""Instructions that no problem here takes."""
 WAIT = r"L: (mbarrier\.try_wait\S+ p, \[\S+\], )(%\w+);\n@p bra E;\nbra L;\nE:"
 LOAD, STORE = r"cp\.async\.bulk\.tensor\.5d\.shared::cluster", r"cp\.async\.bulk\.tensor\.5d\.global"
 
@@ -83,7 +85,7 @@ class Mutation:
         """The error that gives a mutant away, or nothing."""
         for problem, seed in self.runs:
             try:
-                check(problem, seed, change=lambda _: mutant)
+                check(problem, seed, change=lambda _: mutant, most=ENDLESS)
             except (PtxError, AssertionError) as error:
                 if type(error) is UnsupportedError:
                     raise  # a mutant that is no PTX

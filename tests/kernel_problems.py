@@ -18,7 +18,7 @@ from gna_flex.cuda.tables import KernelTiles
 
 
 class Problem(NamedTuple):
-    """A launch. ``heads_last``: how tensors lie; ``valid``: text tokens that count, of each batch."""
+    """A launch. ``heads_last``, ``values_last``: how tensors lie; ``valid``: text tokens that count, of each batch."""
 
     gnas: GNA | tuple[GNA, ...]
     config: KernelConfig
@@ -29,6 +29,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 0
     heads_last: bool = False
+    values_last: bool = False
     blocks: int = 1
     scale: float | None = None
     valid: tuple[tuple[int, int], ...] = ()
@@ -41,12 +42,12 @@ class Problem(NamedTuple):
         torch.manual_seed(0)
         width = self.head_dim or self.config.head_dim
 
-        def make(heads: int) -> Tensor:
-            if self.heads_last:
+        def make(heads: int, last: bool = self.heads_last) -> Tensor:
+            if last:
                 return torch.randn(self.batch, self.gna.tokens, heads, width, dtype=self.dtype).transpose(1, 2)
             return torch.randn(self.batch, heads, self.gna.tokens, width, dtype=self.dtype)
 
-        return make(self.heads), make(self.key_heads), make(self.key_heads)
+        return make(self.heads), make(self.key_heads), make(self.key_heads, self.heads_last or self.values_last)
 
     def keep(self) -> Tensor:
         """Which pairs count, from the definition: ``[batch or 1, heads or 1, S, S]``."""
@@ -138,6 +139,12 @@ FEATURES: dict[str, tuple[GNA | tuple[GNA, ...], Shapes, Shapes, dict[str, Any]]
         (Config(64, 32), TWO),
         (BlackwellConfig(64, 32), PAIR),
         {"batch": 2, "heads": 2, "key_heads": 2, "heads_last": True},
+    ),
+    "values that lie otherwise than keys": (
+        GNA((5, 9), (3, 3)),
+        (Config(64, 32), TWO),
+        (BlackwellConfig(64, 32), PAIR),
+        {"batch": 2, "heads": 2, "key_heads": 2, "values_last": True},
     ),
     "a window per head": (
         (GNA((8, 8), (3, 3)), GNA((8, 8), (7, 2)), GNA((8, 8), (8, 8))),

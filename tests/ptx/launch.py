@@ -90,7 +90,7 @@ def run(
     scale: float | None = None,
     text_valid: Tensor | None = None,
     change: Callable[[str], str] | None = None,
-    **rules: bool,
+    **rules: Any,
 ) -> tuple[Tensor, Tensor, Machine]:
     """Output, log-sum-exp and the machine after a launch of ``blocks`` blocks.
 

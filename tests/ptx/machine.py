@@ -76,7 +76,8 @@ class Machine:
     """A GPU with one kernel. ``memory`` holds the arrays that it may reach.
 
     ``tensor_fences``: whether the fences of tcgen05 must be where its rules ask for them, which not every kernel that
-    is known to work does. ``same_shape_only``: whether products of tensor memory may only rely on the order that these
+    is known to work does. ``most``: instructions of all warps after which a kernel counts as endless.
+    ``same_shape_only``: whether products of tensor memory may only rely on the order that these
     rules give, which is that of products with the same accumulator and shape.
 
     >>> import numpy as np
@@ -92,7 +93,13 @@ class Machine:
     """
 
     def __init__(
-        self, kernel: str | Kernel, seed: int = 0, *, tensor_fences: bool = True, same_shape_only: bool = False
+        self,
+        kernel: str | Kernel,
+        seed: int = 0,
+        *,
+        tensor_fences: bool = True,
+        same_shape_only: bool = False,
+        most: int = 10**8,
     ) -> None:
         self.kernel = parse(kernel) if isinstance(kernel, str) else kernel
         self.rng, self.random = np.random.default_rng(seed), random.Random(seed)
@@ -101,7 +108,7 @@ class Machine:
         self.maps: dict[int, TensorMap] = {}
         self.queues: list[Queue | tcgen05.Pipe] = []
         self.under_way: list[Copy] = []
-        self.executed = 0
+        self.executed, self.most = 0, most
         self.grid: list[Block] = []
         self.program: Program
 
@@ -150,7 +157,9 @@ class Machine:
             ready = [warp for warp in left if warp.waiting is None or warp.waiting.ready()]
             if ready:
                 warp = self.random.choices(ready, [speed[id(warp)] for warp in ready])[0]
-                warp.run(self.random.choice([1, 10, 100, 1000]))
+                self.executed += warp.run(self.random.choice([1, 10, 100, 1000]))
+                if self.executed > self.most:
+                    raise DeadlockError(f"{warp} is still running after {self.executed} instructions")
                 if warp.done:
                     left.remove(warp)
                     self._check_end(warp)
@@ -163,7 +172,6 @@ class Machine:
                 pass
         while self._advance():
             pass
-        self.executed = sum(warp.executed for warp in warps)
 
     def _advance(self) -> bool:
         """Lets one copy or one product under way make progress; whether there was any."""

@@ -53,7 +53,6 @@ class Warp:
         self.others: list[tuple[int, np.ndarray, Wait | None]] = []
         self.waiting: Wait | None = None
         self.done = False
-        self.executed = 0
         self.in_flight: dict[tuple[int, int], str] = {}
         self.registers = block.registers
         self.arrived: int | None = None
@@ -89,8 +88,8 @@ class Warp:
             raise DivergenceError(f"{what}: by {len(lanes)} threads of a warp at once instead of one")
         return int(lanes[0])
 
-    def run(self, budget: int) -> None:
-        """Up to ``budget`` instructions, fewer if the warp must wait or ends."""
+    def run(self, budget: int) -> int:
+        """Up to ``budget`` instructions, fewer if the warp must wait or ends; how many."""
         steps, start = self.steps, budget
         if self.waiting is not None:
             self.waiting = None
@@ -115,8 +114,7 @@ class Warp:
                 where = f"{self} at line {step.source.line}, {step.source.text[:110]}"
                 error.args = (f"{error}\n  {where}",)
             raise
-        finally:
-            self.executed += start - budget
+        return start - budget
 
     def _guarded(self, step: Step) -> None:
         assert step.guard is not None
