@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 
 from ptx.alu import only
-from ptx.errors import UnsupportedError
+from ptx.errors import OutOfBoundsError, UnsupportedError
+from ptx.memory import WINDOW
 from ptx.parse import SINK, Address, Instruction, Operand, Reg, Vector
 from ptx.program import FILES, TYPES, Program, Run, opcode
 from ptx.warp import Warp
@@ -30,7 +32,33 @@ def addresses(w: Warp, slot: int, offset: int) -> Any:
 
 def _space(ins: Instruction) -> str:
     only(ins, *SPACES, *HINTS)
-    return next(part.split("::")[0] for part in ins.parts[1:] if part in SPACES)
+    return next((part.split("::")[0] for part in ins.parts[1:] if part in SPACES), "generic")
+
+
+def _resolve(space: str, at: np.ndarray) -> tuple[str, np.ndarray]:
+    """The space of generic addresses, and their addresses in it: shared memory has a window, global memory the rest."""
+    if space != "generic":
+        return space, at
+    inside = (at >= WINDOW) & (at < WINDOW + (1 << 24))
+    if inside.all():
+        return "shared", at - WINDOW
+    if inside.any():
+        raise UnsupportedError("generic addresses of two spaces at once")
+    return "global", at
+
+
+@opcode("cvta.shared.u64", "cvta.to.shared.u64")
+def convert_address(program: Program, ins: Instruction) -> Run:
+    to, source = (program.slot(operand, np.uint64) for operand in ins.operands)
+    back = ins.parts[1] == "to"
+
+    def run(w: Warp) -> None:
+        at = w.slots[source].astype(np.int64)
+        if back and _resolve("generic", at[w.mask])[0] != "shared":
+            raise OutOfBoundsError("a generic address that is not one of shared memory")
+        w.assign(to, (at - WINDOW if back else at + WINDOW).astype(np.uint64))
+
+    return run
 
 
 def _items(operand: Operand) -> tuple[Operand, ...]:
@@ -69,9 +97,9 @@ def load(program: Program, ins: Instruction) -> Run:
         raise UnsupportedError("a load of which some bytes are not used, of elements that are no words")
 
     def run(w: Warp) -> None:
-        at = addresses(w, slot, offset)
-        data, index = _locate(w, space, at, size, count)
-        if space == "shared":
+        where, at = _resolve(space, addresses(w, slot, offset))
+        data, index = _locate(w, where, at, size, count)
+        if where == "shared":
             words = w.block.shared.words(at, size * count)
             if unused:
                 words = np.delete(words.reshape(-1, count), unused, 1).reshape(-1)
@@ -100,15 +128,17 @@ def store(program: Program, ins: Instruction) -> Run:
     sources = [program.slot(item, program.register_kind(item) if isinstance(item, Reg) else raw) for item in items]
 
     def run(w: Warp) -> None:
-        at = addresses(w, slot, offset)
-        data, index = _locate(w, space, at, size, count)
-        if space == "shared":
+        where, at = _resolve(space, addresses(w, slot, offset))
+        data, index = _locate(w, where, at, size, count)
+        values = [(w.slots[source] if w.full else w.slots[source][w.mask]).astype(data.dtype) for source in sources]
+        if where == "shared":
+            if not w.block.machine.rules.equal_writes and np.array_equal(data[index], np.stack(values, 1)):
+                return
             words = w.block.shared.words(at, size * count)
             threads = np.repeat(w.threads if w.full else w.threads[w.mask], len(words) // len(at))
             w.block.shared.plain_write(w, words, threads)
-        for i, source in enumerate(sources):
-            value = w.slots[source] if w.full else w.slots[source][w.mask]
-            data[index[:, i]] = value.astype(data.dtype)
+        for i, value in enumerate(values):
+            data[index[:, i]] = value
 
     return run
 
@@ -141,23 +171,33 @@ def atomic(program: Program, ins: Instruction) -> Run:
     return run
 
 
-@opcode("stmatrix.sync.aligned.m8n8.x4.shared.b16")
-def store_matrices(program: Program, ins: Instruction) -> Run:
-    """Four 8x8 matrices: lane ``8 i + r`` has the address of row ``r`` of matrix ``i``, and each two columns."""
-    slot, offset = pointer(program, ins.operands[0])
-    sources = [program.slot(item, np.uint32) for item in _items(ins.operands[1])]
+MATRICES = re.compile(r"(?:ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
+
+
+@opcode("stmatrix", "ldmatrix")
+def move_matrices(program: Program, ins: Instruction) -> Run:
+    """1, 2 or 4 8x8 matrices: lane ``8 i + r`` has the address of row ``r`` of matrix ``i``, and each two columns."""
+    stores, form = ins.parts[0] == "stmatrix", MATRICES.fullmatch(ins.opcode)
+    target, vector = ins.operands if stores else ins.operands[::-1]
+    if form is None or len(_items(vector)) != int(form[1]):
+        raise UnsupportedError(ins.opcode)
+    slot, offset = pointer(program, target)
+    registers = [program.slot(item, np.uint32) for item in _items(vector)]
     lane = np.arange(32)
 
     def run(w: Warp) -> None:
-        if not w.together("stmatrix"):
+        if not w.together(ins.parts[0]):
             return
         rows = addresses(w, slot, offset)
         shared = w.block.shared
-        shared.region.elements(rows, 16)
-        for i, source in enumerate(sources):
-            at = rows[8 * i + lane // 4] + 4 * (lane % 4)
-            words = shared.words(at, 4)
-            shared.plain_write(w, words, w.threads)
-            shared.region.view(4)[words] = w.slots[source]
+        shared.region.elements(rows[: 8 * len(registers)], 16)
+        for i, register in enumerate(registers):
+            words = shared.words(rows[8 * i + lane // 4] + 4 * (lane % 4), 4)
+            if stores:
+                shared.plain_write(w, words, w.threads)
+                shared.region.view(4)[words] = w.slots[register]
+            else:
+                shared.plain_read(w, words)
+                w.slots[register][:] = shared.region.view(4)[words]
 
     return run

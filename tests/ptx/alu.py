@@ -86,7 +86,10 @@ def extreme(program: Program, ins: Instruction) -> Run:
     functions: dict[str, Any] = {"min": np.minimum, "max": np.maximum}
     if np.dtype(kind).kind == "f":
         functions = {"min": np.fmin, "max": np.fmax}  # the other operand if one is NaN
-    return ufunc(program, ins, functions[ins.parts[0]], kind, kind, kind)
+    function = functions[ins.parts[0]]
+    if len(ins.operands) == 4:
+        return general(program, ins, lambda a, b, c: function(function(a, b), c), kind, (kind, kind, kind))
+    return ufunc(program, ins, function, kind, kind, kind)
 
 
 @opcode("mul")
@@ -225,7 +228,7 @@ def compare(program: Program, ins: Instruction) -> Run:
 
 @opcode("mov", "cvta")
 def move(program: Program, ins: Instruction) -> Run:
-    only(ins, "to", "global", "param", "shared")
+    only(ins, "to", "global", "param", "local")
     kind = last_type(ins)
     if any(isinstance(operand, Vector) for operand in ins.operands):
         return _pack(program, ins, kind)

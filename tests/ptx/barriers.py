@@ -23,9 +23,10 @@ class MBarrier:
     """
 
     def __init__(self, shared: Shared, warp: Warp, address: int, count: int) -> None:
-        if not 1 <= count < 1 << 20 or len(shared.barriers) == BARRIERS:
-            raise ArrivalError(f"barrier {address:#x} with {count} arrivals")
-        self.address, self.count, self.agent = address, count, shared.readers + len(shared.barriers)
+        if not 1 <= count < 1 << 20 or shared.barriers_made == BARRIERS:
+            raise ArrivalError(f"barrier {address:#x} with {count} arrivals, after {shared.barriers_made} others")
+        self.address, self.count, self.agent = address, count, shared.readers + shared.barriers_made
+        shared.barriers_made += 1
         self.phase, self.pending, self.bytes = 0, count, 0
         self.made = warp.index, int(warp.clock[warp.index])
         self.fenced = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ptx import access, alu, packed, sync, tcgen05  # noqa: F401  they register the instructions
+from ptx import access, alu, foreign, packed, sync, tcgen05  # noqa: F401  they register the instructions
 from ptx.barriers import NamedBarrier
 from ptx.errors import (
     AllocationError,
@@ -17,9 +17,10 @@ from ptx.errors import (
     InFlightError,
     UnsupportedError,
 )
-from ptx.memory import PIPES, SHARED_BASE, Shared, Space
+from ptx.memory import NOWHERE, PIPES, SHARED_BASE, Shared, Space
 from ptx.parse import Kernel, parse
 from ptx.program import Program
+from ptx.rules import Rules
 from ptx.tma import Copy, TensorMap
 from ptx.tmem import TensorMemory
 from ptx.warp import Warp
@@ -75,10 +76,8 @@ class Block:
 class Machine:
     """A GPU with one kernel. ``memory`` holds the arrays that it may reach.
 
-    ``tensor_fences``: whether the fences of tcgen05 must be where its rules ask for them, which not every kernel that
-    is known to work does. ``most``: instructions of all warps after which a kernel counts as endless.
-    ``same_shape_only``: whether products of tensor memory may only rely on the order that these
-    rules give, which is that of products with the same accumulator and shape.
+    ``rules`` are those of :class:`ptx.rules.Rules` that are not as they are by default. ``most``: instructions of all
+    warps after which a kernel counts as endless.
 
     >>> import numpy as np
     >>> machine = Machine('''.entry f(.param .u64 p) {
@@ -92,22 +91,16 @@ class Machine:
     >>> machine.launch(1, 32, 0, [np.uint64(machine.memory.add("numbers", numbers)).tobytes()])
     """
 
-    def __init__(
-        self,
-        kernel: str | Kernel,
-        seed: int = 0,
-        *,
-        tensor_fences: bool = True,
-        same_shape_only: bool = False,
-        most: int = 10**8,
-    ) -> None:
+    def __init__(self, kernel: str | Kernel, seed: int = 0, *, most: int = 10**8, **rules: bool) -> None:
         self.kernel = parse(kernel) if isinstance(kernel, str) else kernel
         self.rng, self.random = np.random.default_rng(seed), random.Random(seed)
-        self.memory, self.params = Space(0x7F3A_0000_0000), Space(0x10_0000_0000)
-        self.tensor_fences, self.same_shape_only = tensor_fences, same_shape_only
+        self.memory, self.params = Space(0x7F3A_0000_0000), Space(0x4000_0000)
+        self.rules = Rules(**rules)
         self.maps: dict[int, TensorMap] = {}
         self.queues: list[Queue | tcgen05.Pipe] = []
         self.under_way: list[Copy] = []
+        self.forms: set[tcgen05.Form] = set()
+        """Kinds of products of tensor memory that there were."""
         self.executed, self.most = 0, most
         self.grid: list[Block] = []
         self.program: Program
@@ -133,7 +126,7 @@ class Machine:
         """
         if (threads % 128 and threads != 32) or len(arguments) != len(self.kernel.params):
             raise ValueError(f"{threads} threads, {len(arguments)} arguments")
-        symbols = dict.fromkeys(self.kernel.shared, SHARED_BASE)
+        symbols = dict.fromkeys(self.kernel.shared, SHARED_BASE) | dict.fromkeys(self.kernel.variables, NOWHERE)
         for index, ((name, size, _), argument) in enumerate(zip(self.kernel.params, arguments, strict=True)):
             if size != len(argument):
                 raise ValueError(f"{name}: {len(argument)} bytes instead of {size}")

@@ -25,6 +25,10 @@ FUTURE = 1 << 40
 """Time of an access that is still under way."""
 SHARED_BASE = 1024
 """Address of shared memory, which begins behind what the system keeps for itself."""
+WINDOW = 0x7E00_0000_0000
+"""What generic addresses of shared memory add to its own ones."""
+NOWHERE = 0x8000_0000
+"""Address of variables in global and in local memory, where nothing is."""
 BARRIERS = 64
 """Barriers that a block can have."""
 PIPES = 4
@@ -105,6 +109,7 @@ class Shared:
         self.dirty = np.zeros(words, np.int32)
         """Thread (plus one) whose plain write no proxy fence has made visible."""
         self.barriers: dict[int, MBarrier] = {}
+        self.barriers_made = 0
         self._reading: list[tuple[int, np.ndarray]] = []
 
     def new_clock(self, warp: int) -> np.ndarray:
@@ -199,7 +204,9 @@ class Shared:
     def begin_async_write(self, warp: Warp, words: np.ndarray, barrier: MBarrier, what: str) -> None:
         self._after_writes(warp, words, what)
         self._after_reads(warp, words, what)
-        self._fenced(words, what)
+        if warp.block.machine.rules.overwrite_fences:
+            self._fenced(words, what)
+        self.dirty[words] = 0
         self.writer[words], self.written[words] = barrier.agent, FUTURE
         self.region.data.view(np.uint32)[words] = 0xFFFFFFFF
 
@@ -211,6 +218,13 @@ class Shared:
         words = self.words(np.array([address]), 8)
         self._after_writes(warp, words, "barrier")
         self.writer[words], self.written[words] = warp.index, FUTURE
+
+    def release(self, warp: Warp, address: int) -> None:
+        """A barrier ends: its words may be written again by those who come after the warp."""
+        self.barrier(warp, address)
+        del self.barriers[address]
+        words = self.words(np.array([address]), 8)
+        self.writer[words], self.written[words] = warp.index, warp.clock[warp.index]
 
     def barrier(self, warp: Warp, address: int, asynchronous: bool = False) -> MBarrier:
         """The barrier at an address, which the warp must know to be ready."""

@@ -42,11 +42,12 @@ FUNCTIONS: dict[tuple[str, str], Function] = {
 }
 
 
-@opcode(*[f"{name}.{rounding}{flush}.f32x2" for name, rounding in FUNCTIONS for flush in ("", ".ftz")])
+@opcode(*[f"{name}.{rounding}{flush}.f32x2" for name, rounding in FUNCTIONS for flush in ("", ".ftz")],
+        "add.f32x2", "mul.f32x2")  # fmt: skip
 def pairs(program: Program, ins: Instruction) -> Run:
     """Denormals are kept."""
     only(ins, "rn", "rm", "ftz")
-    function = FUNCTIONS[ins.parts[0], ins.parts[1]]
+    function = FUNCTIONS[ins.parts[0], "rm" if "rm" in ins.parts else "rn"]
     to, *args = (program.packed(operand, np.float32) for operand in ins.operands)
 
     def run(w: Warp) -> None:

@@ -71,7 +71,10 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """An entry function. ``registers`` has the type of each register; ``params`` name, bytes and alignment."""
+    """An entry function. ``registers`` has the type of each register; ``params`` name, bytes and alignment.
+
+    ``tables`` are lists of labels. ``variables`` are names in global and local memory and of calls, without contents.
+    """
 
     name: str
     params: list[tuple[str, int, int]]
@@ -79,11 +82,17 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
+    variables: list[str] = field(default_factory=list)
+    tables: dict[str, list[str]] = field(default_factory=dict)
 
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)\s*((?:\.\w+[^{\n]*\n\s*)*)\{", re.S)
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)\s+(\w+)(?:\[(\d+)\])?")
+_POINTER = r"(?:\.ptr\s+(?:\.\w+\s+)?\.align\s+\d+\s+)?"
+_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)\s+" + _POINTER + r"(\w+)(?:\[(\d+)\])?")
 _SHARED = re.compile(r"\.extern\s+\.shared\s+[^;]*?\s(\w+)\[\];")
+_VARIABLE = re.compile(r"^\s*\.(?:global|local|param)\s[^;=\[\n]*?([$\w]+)(?:\[\d+\])?\s*[;=]", re.M)
+_TABLE = re.compile(r"([$\w]+)\s*:\s*\.branchtargets\s([^;]*);")
+_DEBUG = re.compile(r"^\s*\.(?:loc|file)\s[^\n]*", re.M)
 _STATEMENT = re.compile(r"\s*(?:([$\w]+)\s*:(?!:)|([{}])|([^;{}]*(?:\{[^{};]*\}[^;{}]*)*);)", re.S)
 _GUARD = re.compile(r"@(!?)([%\w.]+)\s+(.*)", re.S)
 _USED = re.compile(r'\.pragma\s+"used_bytes_mask (0x[0-9a-f]+)"')
@@ -97,6 +106,7 @@ def parse(text: str) -> Kernel:
         UnsupportedError: there is not exactly one, or a statement is not understood.
     """
     text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
+    text = _DEBUG.sub("", text)
     entries = list(_ENTRY.finditer(text))
     if len(entries) != 1:
         raise UnsupportedError(f"{len(entries)} entry functions instead of one")
@@ -104,7 +114,8 @@ def parse(text: str) -> Kernel:
         (name, int(bits) // 8 * int(count or 1), int(align or int(bits) // 8))
         for align, _, bits, name, count in _PARAM.findall(entries[0][2])
     ]
-    kernel = Kernel(entries[0][1], params, shared=_SHARED.findall(text))
+    kernel = Kernel(entries[0][1], params, shared=_SHARED.findall(text), variables=_VARIABLE.findall(text))
+    kernel.tables = {name: _split(labels) for name, labels in _TABLE.findall(text)}
     _Body(kernel).read(text, entries[0].end())
     return kernel
 
@@ -170,8 +181,8 @@ class _Body:
         guard, rest = None, statement
         if match := _GUARD.fullmatch(statement):
             guard, rest = (Reg(self._scoped(match[2])), bool(match[1])), match[3]
-        opcode, *operands = rest.split(None, 1)
-        items = tuple(self._operand(item) for text in operands for item in _split(text))
+        opcode, operands = re.fullmatch(r"([\w.:]+)\s*(.*)", rest, re.S).groups()  # type: ignore[union-attr]
+        items = tuple(self._operand(item) for item in _split(operands))
         used, self.used = self.used, None
         return Instruction(opcode, items, guard, line, " ".join(statement.split()), used)
 

@@ -31,7 +31,13 @@ TYPES: dict[str, Any] = {
 }
 FILES: dict[int, Any] = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Type of the registers of each size in bytes; predicates are the only ones of one byte."""
-SPECIAL = ("%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ctaid.x", "%nctaid.x", "%laneid")
+FIXED = {
+    **dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z", "%cluster_ctarank"), 0),
+    **dict.fromkeys(("%cluster_ctaid.x", "%cluster_ctaid.y", "%cluster_ctaid.z"), 0),
+    **dict.fromkeys(("%nctaid.y", "%nctaid.z"), 1),
+}
+"""Special registers that are always the same: grids have one dimension, clusters one block."""
+SPECIAL = ("%tid.x", "%ntid.x", "%ctaid.x", "%nctaid.x", "%laneid", *FIXED)
 
 BUILDERS: dict[str, Build] = {}
 """How each opcode is made ready, by its name: the longest name of which the opcode's parts start with."""

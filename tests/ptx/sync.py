@@ -52,7 +52,7 @@ def barrier_init(program: Program, ins: Instruction) -> Run:
     return run
 
 
-@opcode("mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.shared.b64")
+@opcode("mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.shared::cluster.b64", "mbarrier.arrive.shared.b64")
 def barrier_arrive(program: Program, ins: Instruction) -> Run:
     slot, offset = pointer(program, ins.operands[1])
     times = program.slot(ins.operands[2] if len(ins.operands) > 2 else Imm(1), np.uint32)
@@ -154,6 +154,17 @@ def warp_barrier(program: Program, ins: Instruction) -> Run:
     return run
 
 
+@opcode("mbarrier.inval.shared::cta.b64", "mbarrier.inval.shared.b64")
+def barrier_end(program: Program, ins: Instruction) -> Run:
+    slot, offset = pointer(program, ins.operands[0])
+
+    def run(w: Warp) -> None:
+        for address in addresses(w, slot, offset).tolist():
+            w.block.shared.release(w, address)
+
+    return run
+
+
 @opcode("setmaxnreg.inc.sync.aligned.u32", "setmaxnreg.dec.sync.aligned.u32")
 def set_registers(program: Program, ins: Instruction) -> Run:
     count, more = _constant(ins.operands[0]), ins.parts[1] == "inc"
@@ -183,40 +194,44 @@ def trap(program: Program, ins: Instruction) -> Run:
 
 # ---- copies
 
-LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-STORE = "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+LOAD = re.compile(r"\dd\.shared::\w+\.global(\.tile)?\.mbarrier::complete_tx::bytes(\.L2::cache_hint)?")
+STORE = re.compile(r"\dd\.global\.shared::cta(\.tile)?\.bulk_group")
 
 
-def _coordinates(program: Program, operand: Operand) -> list[int]:
-    if not isinstance(operand, Address) or operand.coordinates is None:
+def _coordinates(program: Program, operand: Operand, rank: str) -> list[int]:
+    if not isinstance(operand, Address) or operand.coordinates is None or f"{len(operand.coordinates.items)}d" != rank:
         raise UnsupportedError(f"{operand} where a tensor belongs")
     return [program.slot(item, np.int32) for item in operand.coordinates.items]
 
 
-@opcode(LOAD)
+@opcode("cp.async.bulk.tensor")
+def tensor_copy(program: Program, ins: Instruction) -> Run:
+    form = ".".join(ins.parts[4:])
+    if LOAD.fullmatch(form):
+        return tensor_load(program, ins)
+    if STORE.fullmatch(form):
+        return tensor_store(program, ins)
+    raise UnsupportedError(ins.opcode)
+
+
 def tensor_load(program: Program, ins: Instruction) -> Run:
-    if ins.opcode != LOAD:
-        raise UnsupportedError(ins.opcode)
-    to, tensor, barrier = (pointer(program, operand) for operand in ins.operands)
-    coordinates = _coordinates(program, ins.operands[1])
+    to, tensor, barrier = (pointer(program, operand) for operand in ins.operands[:3])
+    coordinates = _coordinates(program, ins.operands[1], ins.parts[4])
 
     def run(w: Warp) -> None:
         lane = w.lane("a tensor copy")
         address, map_, bar = (int(addresses(w, *each)[0]) for each in (to, tensor, barrier))
         at = [int(w.slots[slot][lane]) for slot in coordinates]
         machine = w.block.machine
-        where = w.block.shared.barrier(w, bar, asynchronous=True)
+        where = w.block.shared.barrier(w, bar, asynchronous=machine.rules.barrier_fences)
         machine.under_way.append(Load(w, machine.tensor(map_), at, address, where))
 
     return run
 
 
-@opcode(STORE)
 def tensor_store(program: Program, ins: Instruction) -> Run:
-    if ins.opcode != STORE:
-        raise UnsupportedError(ins.opcode)
     tensor, source = (pointer(program, operand) for operand in ins.operands)
-    coordinates = _coordinates(program, ins.operands[0])
+    coordinates = _coordinates(program, ins.operands[0], ins.parts[4])
 
     def run(w: Warp) -> None:
         lane = w.lane("a tensor copy")

@@ -28,7 +28,7 @@ from ptx.operands import K, Layout, field, places, widen
 from ptx.parse import Address, Instruction, Vector
 from ptx.program import Program, Run, opcode
 from ptx.sync import register_places, uniform
-from ptx.tmem import COLUMNS, LANES, QUARTER, Area
+from ptx.tmem import COLUMNS, LANES, LOADING, QUARTER, Area
 from ptx.warp import Warp
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ SPANS = {2: 128, 4: 64, 6: 32}
 ONES = 1 << 46
 """The bits of an operand's descriptor that are always there."""
 FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 46 | 7 << 49 | 1 << 52 | 7 << 61
-LOADING = "loaded from tensor memory"
 
 
 @functools.cache
@@ -95,6 +94,22 @@ def shape(bits: int) -> Shape:
         )
     sign = (-1) ** (field(bits, 13, 1) + field(bits, 14, 1))
     return Shape(rows, columns, a == 0, bool(field(bits, 15, 1)), bool(field(bits, 16, 1)), sign)
+
+
+class Form(NamedTuple):
+    """What descriptors of a product say, but for addresses: span and stride of operands, 0 of one in tensor memory."""
+
+    shape: Shape
+    a: tuple[int, int]
+    b: tuple[int, int]
+    leading: int
+    """Of B, 0 where its rows have one piece."""
+
+    @classmethod
+    def of(cls, facts: Shape, a: Layout | int, b: Layout) -> Form:
+        pieces = facts.transposed_b and 2 * facts.columns > b.span
+        first = (a.span, a.stride) if isinstance(a, Layout) else (0, 0)
+        return cls(facts, first, (b.span, b.stride), b.leading if pieces else 0)
 
 
 class Product:
@@ -156,9 +171,10 @@ class Pipe:
         facts, memory = shape(instruction), self.block.tensor_memory
         target = Area(to, facts.rows, facts.columns)
         self.count += 1
+        self.block.machine.forms.add(Form.of(facts, a, b))
         self._keys.append((to, instruction))
         known, excuse = warp.tensor.known.copy(), None
-        if self.block.machine.same_shape_only:
+        if self.block.machine.rules.same_shape_only:
             excuse = self._same_shape
         else:
             known[self.agent] = self.count
@@ -375,9 +391,12 @@ def store(program: Program, ins: Instruction) -> Run:
             return
         area, memory = _area(w, slot, offset, columns), w.block.tensor_memory
         memory.check(w.tensor.known, area, "store", write=True)
-        memory.note(area, w.index, FUTURE, write=True)
         memory.values[area.where] = w.file[rows].T
-        w.tensor_stores.append(area)
+        if w.block.machine.rules.store_waits:
+            memory.note(area, w.index, FUTURE, write=True)
+            w.tensor_stores.append(area)
+        else:
+            memory.note(area, w.index, int(w.tensor.known[w.index]), write=True)
         memory.stores[w.index] += 1
 
     return run
@@ -388,11 +407,7 @@ def wait_loads(program: Program, ins: Instruction) -> Run:
     def run(w: Warp) -> None:
         if not w.together("tcgen05.wait::ld"):
             return
-        for area, rows, values in w.tensor_loads:
-            w.block.tensor_memory.note(area, w.index, int(w.tensor.known[w.index]), write=False)
-            w.file[rows] = values
-        w.tensor_loads.clear()
-        w.in_flight = {place: why for place, why in w.in_flight.items() if why != LOADING}
+        w.finish_loads(w.tensor_loads)
 
     return run
 

@@ -27,6 +27,7 @@ Excuse = Callable[[np.ndarray, np.ndarray], bool]
 LANES, COLUMNS = 128, 512
 QUARTER = 32
 """Lanes that a warp can load and store, by its place in its warpgroup."""
+LOADING = "loaded from tensor memory"
 GRANULE = 16
 """Lanes whose accesses are watched together: no instruction touches fewer."""
 

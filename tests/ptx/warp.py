@@ -14,8 +14,8 @@ import numpy as np
 
 from ptx.errors import DivergenceError, InFlightError, PtxError
 from ptx.memory import joined
-from ptx.program import LANES, Program, Step
-from ptx.tmem import Area, Order
+from ptx.program import FIXED, LANES, Program, Step
+from ptx.tmem import LOADING, Area, Order
 
 if TYPE_CHECKING:
     from ptx.machine import Block
@@ -43,11 +43,13 @@ class Warp:
         self.block, self.index, self.steps = block, index, program.steps
         threads = np.arange(LANES, dtype=np.uint32) + LANES * index
         self.threads = threads.astype(np.int64)
-        whole = {"%ntid.x": block.threads, "%ctaid.x": block.index, "%nctaid.x": block.blocks, "%tid.y": 0, "%tid.z": 0}
+        whole = {"%ntid.x": block.threads, "%ctaid.x": block.index, "%nctaid.x": block.blocks, **FIXED}
         special = {name: np.full(LANES, value, np.uint32) for name, value in whole.items()}
         special |= {"%tid.x": threads, "%laneid": np.arange(LANES, dtype=np.uint32)}
         self.slots, self.file = program.registers(rng, special)
         self.mma_registers = program.mma_registers
+        self.leader = int(rng.integers(LANES))
+        """The lane that ``elect.sync`` elects."""
         self.pc = 0
         self.live = np.ones(LANES, np.bool_)
         self.others: list[tuple[int, np.ndarray, Wait | None]] = []
@@ -59,7 +61,7 @@ class Warp:
         self.stores: dict[int, StoreGroups] = {}
         self.mma = block.new_mma_queue(self)
         self.clock = block.shared.new_clock(index)
-        self.tensor = Order(block.shared.readers, index, block.machine.tensor_fences)
+        self.tensor = Order(block.shared.readers, index, block.machine.rules.tensor_fences)
         self.tensor_loads: list[tuple[Area, np.ndarray, np.ndarray]] = []
         self.tensor_stores: list[Area] = []
         self._become(np.ones(LANES, np.bool_))
@@ -100,8 +102,7 @@ class Warp:
                 step = steps[self.pc]
                 budget -= 1
                 if self.in_flight and not step.is_mma and not self.in_flight.keys().isdisjoint(step.touched):
-                    place = next(place for place in step.touched if place in self.in_flight)
-                    raise InFlightError(f"a register is touched while it is {self.in_flight[place]}")
+                    self._touch(step)
                 self.pc += 1
                 if step.guard is None:
                     step.run(self)
@@ -115,6 +116,23 @@ class Warp:
                 error.args = (f"{error}\n  {where}",)
             raise
         return start - budget
+
+    def _touch(self, step: Step) -> None:
+        """An instruction touches registers in flight, which loads without waits allow."""
+        why = {self.in_flight[place] for place in step.touched if place in self.in_flight}
+        if self.block.machine.rules.load_waits or why != {LOADING}:
+            raise InFlightError(f"a register is touched while it is {why.pop()}")
+        touched = [row for size, row in step.touched if size == 4]
+        self.finish_loads([load for load in self.tensor_loads if np.isin(load[1], touched).any()])
+
+    def finish_loads(self, loads: list[tuple[Area, np.ndarray, np.ndarray]]) -> None:
+        """The values of loads of tensor memory come into their registers."""
+        for area, rows, values in loads:
+            self.block.tensor_memory.note(area, self.index, int(self.tensor.known[self.index]), write=False)
+            self.file[rows] = values
+            for row in rows.tolist():
+                del self.in_flight[4, row]
+        self.tensor_loads = [load for load in self.tensor_loads if not any(load is other for other in loads)]
 
     def _guarded(self, step: Step) -> None:
         assert step.guard is not None
