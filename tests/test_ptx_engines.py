@@ -48,13 +48,14 @@ def load_box(
     span: int,
     steps: tuple[int, ...] = (),
     edit: Any = str,
+    **rules: bool,
 ) -> np.ndarray:
     """What a load of a box of 256 elements leaves in shared memory, as 16-bit words."""
     b = np.zeros(128, np.uint32)
     tensor: list[TensorMap] = []
 
     def machine(text: str, seed: int) -> Machine:
-        made = Machine(text, seed)
+        made = Machine(text, seed, **rules)
         tensor.append(tensor_of(made, x, box, span, steps))
         return made
 
