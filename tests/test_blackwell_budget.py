@@ -136,6 +136,7 @@ def test_instructions(config, tmp_path):
     # Per box and tile: one multiplication for 16 columns of the head dim (also of the first box), one for 16 keys.
     assert kinds(others)["UTCHMMA"] == 2 * (2 * config.head_dim // 16 + config.keys // 16)
     assert not kinds(softmax + correction)["UTCHMMA"]
+    assert kinds(others)["ELECT"] < 5, "a loop over threads around what one thread does"
     assert kinds(softmax)["LDTM"] == kinds(softmax)["STTM"] == config.keys // 32
     # Output: read and written to rescale it, and read at the end; the compiler may copy these loops over the two tiles.
     fragments, written = config.head_dim // 32, kinds(correction)["STTM"]

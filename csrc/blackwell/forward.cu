@@ -382,7 +382,7 @@ __device__ __forceinline__ void store_outputs(const Cta& C) {
 extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)
 gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   Cta C{maps, P, shared, shared_address(shared), 0, P.keys[0] * P.keys[1] * P.keys[2]};
 
   // Barriers, tensor memory, and rows that no box ever fills: a weight of zero must not meet a NaN there.
@@ -413,7 +413,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     correct(C);
   } else {
     give_registers<kOtherRegisters>();
-    if (lane == 0) {
+    if (is_leader()) {
       if (warp == kMultiply) multiply(C);
       else if (warp == kStore) store_outputs(C);
       else if (warp == kLoad) load_keys(C);

@@ -2,6 +2,14 @@
 #pragma once
 #include "common/items.cuh"
 
+// One thread of a warp, always the same. Unlike with a comparison of its number, the compiler knows that it is one: it need
+// not put each instruction that one thread issues for all into a loop over threads.
+__device__ __forceinline__ bool is_leader() {
+  u32 leads;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(leads));
+  return leads;
+}
+
 // ---- tensor memory: 128 lanes of 512 columns of 32 bits. An address is a lane in the upper 16 bits, a column in the lower.
 
 // All of it, to be called by one warp; its address is written to shared memory. No other CTA gets any.
