@@ -17,8 +17,8 @@ from torch import Tensor
 
 needs_nvrtc()
 
-from ptx import hopper  # noqa: E402
-from test_ptx_kernel import PROBLEMS  # noqa: E402
+from kernel_problems import HOPPER  # noqa: E402
+from ptx import launch  # noqa: E402
 
 FILE = np.load(Path(__file__).parent / "data" / "hopper_outputs.npz")
 NAMES = sorted({name.rpartition("/")[0] for name in FILE if "/" in name})
@@ -34,14 +34,14 @@ def test_recorded_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_interpreter_computes_what_the_gpu_did(name: str) -> None:
-    problem = PROBLEMS[name]
+    problem = HOPPER[name]
 
     def recorded(key: str) -> Tensor:
         return torch.from_numpy(FILE[f"{name}/{key}"]).view(problem.dtype)
 
     inputs = recorded("q"), recorded("k"), recorded("v")
     valid = torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None
-    out, lse, _ = hopper.run(problem.gnas, inputs, problem.config, problem.tiles, scale=problem.scale, text_valid=valid)
+    out, lse, _ = launch.run(problem.gnas, inputs, problem.config, problem.tiles, scale=problem.scale, text_valid=valid)
     expected = recorded("out")
     assert out.isfinite().all()
     assert (out == expected).double().mean() >= LEAST_EQUAL

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_ptx_kernel import PROBLEMS, Problem
+from kernel_problems import HOPPER, Problem
 
 from gna_flex.bench import environment
 from gna_flex.cuda.forward import Plan, Request
@@ -28,10 +28,10 @@ RECORDED = (
     "grouped heads",
     "a window per head",
     "three chunks of columns",
-    "masks of two words",
+    "masks of several words",
     "large scores and masks",
 )
-"""Problems of ``tests/test_ptx_kernel.py`` that are recorded; some 50 KB each."""
+"""Problems of ``tests/kernel_problems.py`` that are recorded; some 50 KB each."""
 
 
 def bits(x: Tensor) -> np.ndarray:
@@ -51,5 +51,5 @@ def record(problem: Problem) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    arrays = {f"{name}/{key}": x for name in RECORDED for key, x in record(PROBLEMS[name]).items()}
+    arrays = {f"{name}/{key}": x for name in RECORDED for key, x in record(HOPPER[name]).items()}
     np.savez_compressed(sys.argv[1], machine=json.dumps(environment("cuda")), **arrays)
