@@ -104,7 +104,7 @@ __device__ __forceinline__ void fetch_items(const Cta& C) {
     const int lengths = W.lengths;
     C.arrive(item_full + R.index);
     C.wait(q_empty, Q.phase);
-    load_queries<kTiles, kRows, kColumns, kChunks>(C.base + kQueries, C.bar(q_full), C.maps.q, queries, lengths, C.P);
+    load_queries<kTiles, kRows, kColumns, kChunks>(C.base + kQueries, C.bar(q_full), C.maps.q, C.P.q, queries, lengths, C.P);
   }
   // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
   if (atomicAdd(C.P.counters + 1, 1) == gridDim.x - 1) C.P.counters[0] = C.P.counters[1] = 0;

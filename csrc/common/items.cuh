@@ -29,20 +29,25 @@ struct Queries {
 };
 
 // Item number w, and where its tokens are. Items of text, much the longest, come before all others.
+//
+// In backward, rows may be keys and what they are multiplied with queries: then one head has those of several others, and
+// all tokens of text count.
+template <bool kRowsAreKeys = false>
 __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int box_keys) {
   int i = w, per_head = P.items_per_head, first = 0;
   if (TEXT) {
     if (w < P.text_total) per_head = P.text_items;
     else i -= P.text_total, per_head -= P.text_items, first = P.text_items;
   }
-  const int head = i / per_head, b = head / P.heads, h = head % P.heads, key_head = h / P.queries_per_key_head;
+  const int head = i / per_head, b = head / P.heads, h = head % P.heads;
+  const int key_head = kRowsAreKeys ? h * P.queries_per_key_head : h / P.queries_per_key_head;
   const int gna = P.gna_of_head ? P.gna_of_head[h] : 0;
   const Item& I = P.items[gna * P.items_per_head + first + i % per_head];
   const bool is_text = TEXT && I.kind;
   int boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
   if (TEXT)
     for (int i = 0; i < 2; i++) {
-      W.text[i] = P.text_valid ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
+      W.text[i] = P.text_valid && !kRowsAreKeys ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
       boxes += (W.text[i] + box_keys - 1) / box_keys;
     }
   W.boxes = boxes, W.head = head, W.lengths = MAP_SETS > 1 ? I.lengths : 0, W.kind = I.kind, W.masked = I.masked;
@@ -61,10 +66,11 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
 
 // Loads the queries of an item: boxes of at most kRows for kTiles tiles, which lie side by side in each chunk of columns.
 template <int kTiles, int kRows, int kColumns, int kChunks>
-__device__ __forceinline__ void load_queries(u32 to, u32 bar, const TensorMap* maps, const Queries& Q, int lengths, const Params& P) {
+__device__ __forceinline__ void load_queries(
+    u32 to, u32 bar, const TensorMap* maps, const Address& at, const Queries& Q, int lengths, const Params& P) {
   const Item& I = Q.item;
   const int set = Q.is_text ? MAP_SETS + I.kind - 1 : lengths, rows = Q.is_text ? kRows : P.box[0] * P.box[1] * P.box[2];
-  const int column = first_column(P.q, Q.head, I.group), place = Q.head * P.q.head_place + Q.batch * P.q.batch_place;
+  const int column = first_column(at, Q.head, I.group), place = Q.head * at.head_place + Q.batch * at.batch_place;
   barrier_expect(bar, kTiles * rows * 2 * kColumns * kChunks);
 #pragma unroll 1
   for (int i = 0; i < kTiles * kChunks; i++) {

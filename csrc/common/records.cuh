@@ -70,3 +70,16 @@ struct Params {
 struct Maps {
   TensorMap q[MAP_SETS + 2 * TEXT], k[MAP_SETS + 2 * TEXT], v[MAP_SETS + 2 * TEXT], o[MAP_SETS + 2 * TEXT];
 };
+
+// The two passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the
+// other way round. `q` leads to rows1 and the gradients, `k` and `v` to what streams by.
+struct BackwardParams : Params {
+  const float2* statistics;  // [batch, heads of queries, tokens]: log-sum-exp in base 2, and delta
+  Address rows2;
+  float scale;
+};
+
+struct BackwardMaps {
+  TensorMap rows1[MAP_SETS + 2 * TEXT], rows2[MAP_SETS + 2 * TEXT], inner1[MAP_SETS + 2 * TEXT], inner2[MAP_SETS + 2 * TEXT],
+      out1[MAP_SETS + 2 * TEXT], out2[MAP_SETS + 2 * TEXT];
+};

@@ -17,52 +17,22 @@
 // tensor cores wait lower the clock, so count bytes and instructions rather than bubbles.
 #define kKeys KEYS
 #include "hopper/softmax.cuh"
-#include "hopper/generated.cuh"
+#include "hopper/products.cuh"
 
-constexpr int kHeadDim = HEAD_DIM, kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES, kConsumers = CONSUMERS;
-constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32, kChunks = kHeadDim / kColumns, kRowBytes = 2 * kColumns;
-constexpr int kRows = 64;    // queries of one warpgroup
+constexpr int kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
 // Registers of a thread: at most 512 for the same thread of all warpgroups. The producer may spill, consumers must not;
 // 232 beat 224 by 1 to 2 % at head dim 128 and lost 5 % at 64.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim >= 128 ? 232 : 224;
 constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 : 56;
-static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "head dims are multiples of 32 up to 256; pad others");
-static_assert(kKeys % 16 == 0, "the second multiplication takes 16 keys at a time");
 
 // Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
-constexpr u32 kQueryChunk = kConsumers * kRows * kRowBytes, kKeyChunk = kKeys * kRowBytes;
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kValues = kKeysAt + kKeyStages * kKeyBytes,
               kTable = kValues + kKeyStages * kKeyBytes, kWork = kTable + (kKeys + 5) * 16 * kMaskWords,
               kBoxes = kWork + kRecords * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
               kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
-
-// Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes.
-__device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
-  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kColumns == 64 ? 1ull : 2ull) << 62;
-}
-
-__device__ __forceinline__ void scores(float (&s)[kKeys / 2], u32 q, u32 k) {
-#pragma unroll
-  for (int i = 0; i < kHeadDim / 16; i++) {
-    const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
-    mma_qk(s, operand(q + chunk * kQueryChunk + within, 16, 8 * kRowBytes),
-           operand(k + chunk * kKeyChunk + within, 16, 8 * kRowBytes), i != 0);
-  }
-}
-
-__device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (&p)[kKeys / 4], u32 v) {
-#pragma unroll
-  for (int i = 0; i < kKeys / 16; i++)
-    mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], operand(v + i * 16 * kRowBytes, kKeyChunk, 8 * kRowBytes));
-}
-
-__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int column, int c1, int c2, int c3, int c4) {
-#pragma unroll
-  for (int i = 0; i < kChunks; i++) tensor_load(to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
-}
 
 extern "C" __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
 gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P) {
@@ -111,7 +81,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         barrier_arrive(r_full + 8 * R.index);
 
         barrier_wait(q_empty + 8 * Q.index, Q.phase);
-        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kQueries + Q.index * kQueryBytes, q_full + 8 * Q.index, maps.q, queries, W.lengths, P);
+        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kQueries + Q.index * kQueryBytes, q_full + 8 * Q.index, maps.q, P.q, queries, W.lengths, P);
       }
       // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
       if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;

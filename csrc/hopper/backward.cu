@@ -1,0 +1,333 @@
+// Attention backward for Hopper (sm_90a), deterministic: one pass for queries' gradients, one for those of keys and values.
+//
+// Compile-time: as in forward.cu, and ROWS_ARE_KEYS, STAGES (slots of the inner ring), ROW_STAGES (slots of rows).
+//
+// Both passes are one kernel. Rows, a box of at most 64 for each consumer, stay; boxes of what they meet stream by:
+//   ROWS_ARE_KEYS 0: rows are queries and gradients of their outputs; keys and values stream.     dQ += dS K
+//   ROWS_ARE_KEYS 1: rows are keys and values; queries and gradients of their outputs stream.     dV += P^T dO, dK += dS^T Q
+// Of each pair, scores come from the first products' (rows1 inner1^T), gradients of weights from the second (rows2 inner2^T):
+//   P = 2^(scores * scale - lse),  dS = P (dP - delta),  delta = sum(dO O) over columns, less the gradient of the log-sum-exp.
+// P and dS are accumulators that become operands in registers; nothing is added up by atomics, so results repeat in every bit.
+//
+// Names of the forward are kept: "queries" are the rows of an item and "keys" what streams by. Items, their boxes and windows
+// come from the same tables, built for the inverse windows where rows are keys; see gna_flex/cuda/backward.py.
+#define kKeys KEYS
+#include "hopper/masks.cuh"
+#include "hopper/products.cuh"
+
+constexpr bool kRowsAreKeys = ROWS_ARE_KEYS;
+constexpr int kStages = STAGES, kRowStages = ROW_STAGES;
+constexpr int kRecords = 2;  // items that are known: the current one and the next
+// Registers of a thread. Where rows are keys, a consumer has two accumulators and needs all that there are; see the loop.
+constexpr int kConsumerRegisters = kRowsAreKeys ? 240 : 232, kProducerRegisters = kRowsAreKeys ? 32 : 40;
+static_assert(kConsumers == 2, "registers are shared out for two consumers");
+static_assert(kHeadDim <= (kRowsAreKeys ? 128 : 256), "two accumulators of more columns leave no registers");
+
+constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
+constexpr u32 kRows1 = 0, kRows2 = kRows1 + kRowStages * kQueryBytes, kRing = kRows2 + kRowStages * kQueryBytes,
+              kTable = kRing + kStages * 2 * kKeyBytes, kWindows = kTable + (kKeys + 5) * 16 * kMaskWords,
+              kStatistics = kWindows + kConsumers * kRows * 3 * sizeof(int2),
+              kWork = kStatistics + kRowsAreKeys * kStages * kKeys * sizeof(float2), kBoxes = kWork + kRecords * sizeof(Work),
+              kBarriers = kBoxes + kStages * sizeof(KeyBox), kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages);
+static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
+
+// Boxes that an item meets: those of one head of queries after the other where rows are keys.
+__device__ __forceinline__ int inner_heads(const BackwardParams& P) { return kRowsAreKeys ? P.queries_per_key_head : 1; }
+
+// Log-sum-exp (base 2) and delta of the queries in a box that streams by; queries that do not exist weigh nothing.
+__device__ __forceinline__ void load_statistics(
+    float2 (&statistics)[(kKeys + 31) / 32], const Work& W, const BackwardParams& P, const KeyWalk& at, int head, int box_keys) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < (kKeys + 31) / 32; i++) {
+    const int row = lane + 32 * i;
+    bool exists = row < box_keys;
+    int token = 0;
+    if (at.is_text()) {
+      token = P.text_token[at.set - MAP_SETS] + at.c2 + row;
+      exists &= at.c2 + row < W.text[at.set - MAP_SETS];
+    } else {
+      const bool plain = TEXT && W.kind;  // keys of text meet the undivided grid
+      const int place[3] = {at.c0 + row / (P.keys[2] * P.keys[1]), at.c1 + row / P.keys[2] % P.keys[1], at.c2 + row % P.keys[2]};
+      token = plain ? P.grid_token : W.token;
+#pragma unroll
+      for (int d = 0; d < 3; d++) {
+        exists &= (u32)place[d] < (u32)P.length[W.lengths][d];
+        token += place[d] * (plain ? P.group_stride[d] : P.token_stride[d]);
+      }
+    }
+    statistics[i] = exists ? P.statistics[(long long)head * P.tokens + token] : make_float2(-MINUS_INFINITY, 0.f);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
+gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardParams P) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 base = shared_address(shared);
+  const u32 x_full = base + kBarriers, x_empty = x_full + 8 * kRowStages, y_full = x_empty + 8 * kRowStages, y_empty = y_full + 8 * kStages,
+            r_full = y_empty + 8 * kStages, r_empty = r_full + 8 * kRecords;
+  u32* table = (u32*)(shared + kTable);
+  Work* work = (Work*)(shared + kWork);
+  KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1);
+    for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, kConsumers);
+    for (int i = 0; i < kStages; i++) barrier_init(y_full + 8 * i, 1 + kRowsAreKeys), barrier_init(y_empty + 8 * i, 4 * kConsumers);
+    barrier_init_done();
+  }
+  fill_mask_table(table, P.keys);
+  if (box_keys < kKeys) {  // rows that no box ever fills: a weight of zero must not meet a NaN there
+    for (u32 i = kRing / 16 + threadIdx.x; i < kTable / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
+    fence_async();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {  // ---------------- producers
+    give_registers<kProducerRegisters>();
+    if (warp == 0 && lane == 0) {  // items and their rows
+      Stage R{0, 1}, X{0, 1};
+      for (int w = blockIdx.x, next;; w = next, R.next(kRecords), X.next(kRowStages)) {
+        next = atomicAdd(P.counters, 1) + gridDim.x;  // used only after this item's loads, which hides its latency
+        barrier_wait(r_empty + 8 * R.index, R.phase);
+        Work& W = work[R.index];
+        if (w >= P.total) {
+          W.boxes = 0;
+          barrier_arrive(r_full + 8 * R.index);
+          break;
+        }
+        const Queries queries = describe<kRowsAreKeys>(W, P, w, box_keys);
+        const int lengths = W.lengths;
+        barrier_arrive(r_full + 8 * R.index);
+
+        barrier_wait(x_empty + 8 * X.index, X.phase);
+        const u32 full = x_full + 8 * X.index;
+        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows1 + X.index * kQueryBytes, full, maps.rows1, P.q, queries, lengths, P);
+        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows2 + X.index * kQueryBytes, full, maps.rows2, P.rows2, queries, lengths, P);
+      }
+      // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
+      if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
+    }
+    if (warp == 1) {  // boxes that stream by; all lanes load statistics, one issues copies
+      Stage R{0, 0}, Y{0, 1};
+      const u32 bytes = 2 * box_keys * kRowBytes * kChunks;
+      for (;; R.next(kRecords)) {
+        barrier_wait(r_full + 8 * R.index, R.phase);
+        const Work& W = work[R.index];
+        const int boxes = W.boxes;
+        if (boxes == 0) break;
+#pragma unroll 1
+        for (int h = 0; h < inner_heads(P); h++) {
+          KeyWalk at(W);
+          const int k_place = W.k_place + h * P.k.head_place, v_place = W.v_place + h * P.v.head_place;
+#pragma unroll 1
+          for (int j = 0; j < boxes; j++, Y.next(kStages)) {
+            if (j > 0) at.advance(W, P.keys, box_keys);
+            float2 statistics[(kKeys + 31) / 32];
+            if (kRowsAreKeys) load_statistics(statistics, W, P, at, W.head * P.queries_per_key_head + h, box_keys);
+            barrier_wait(y_empty + 8 * Y.index, Y.phase);
+            const u32 full = y_full + 8 * Y.index, slot = base + kRing + Y.index * 2 * kKeyBytes;
+            if (lane == 0) {
+              key_boxes[Y.index] = at.box(W, box_keys, kKeys);
+              barrier_expect(full, bytes);
+              const int k_column = (at.is_text() ? W.key_head * P.k.head_column : W.k_column) + h * P.k.head_column;
+              const int v_column = (at.is_text() ? W.key_head * P.v.head_column : W.v_column) + h * P.v.head_column;
+              load_box(slot, &maps.inner1[at.set], full, k_column, at.c2, at.c1, at.c0, k_place);
+              load_box(slot + kKeyBytes, &maps.inner2[at.set], full, v_column, at.c2, at.c1, at.c0, v_place);
+            }
+            if (kRowsAreKeys) {
+              float* to = (float*)(shared + kStatistics) + Y.index * 2 * kKeys;
+#pragma unroll
+              for (int i = 0; i < (kKeys + 31) / 32; i++)
+                if (lane + 32 * i < kKeys) to[lane + 32 * i] = statistics[i].x, to[kKeys + lane + 32 * i] = statistics[i].y;
+              __syncwarp();
+              if (lane == 0) barrier_arrive(full);
+            }
+          }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(r_empty + 8 * R.index);
+      }
+    }
+    return;
+  }
+
+  // ---------------- consumers
+  take_registers<kConsumerRegisters>();
+  const int consumer = warpgroup - 1, lane_class = lane % 4;
+  Stage X{0, 0}, Y{0, 0}, R{0, 0};
+  float first[kHeadDim / 2];                        // dQ or dK
+  float second[kHeadDim / 2];                       // dV, where rows are keys
+  u32 p[kKeys / 4];  // weights, then gradients of scores: operands of the last two products
+  float lse[2], delta[2];  // of this thread's rows, where they are queries
+  // The window of row r of this thread in dimension d. In shared memory, as registers are short; only its warp meets it.
+  auto window = [&](int r, int d) -> int2& { return ((int2*)(shared + kWindows))[(consumer * kRows + warp * 16 + lane / 4 + 8 * r) * 3 + d]; };
+
+  auto release = [&](u32 bar) {
+    if (lane == 0) barrier_arrive(bar);
+  };
+  auto row_of = [&](int r) { return warp * 16 + lane / 4 + 8 * r; };
+  auto is_text = [](const Work& W) { return TEXT && W.kind; };
+  // Position of a thread's row r in dimension d.
+  auto position = [&](const Work& W, int r, int d) {
+    const int i = row_of(r);
+    if (is_text(W)) return d == 2 ? W.query[2] + consumer * kRows + i : 0;
+    const int in_box = d == 0 ? i / (P.box[2] * P.box[1]) : d == 1 ? i / P.box[2] % P.box[1] : i % P.box[2];
+    return W.query[d] + consumer * P.beside[d] + in_box;
+  };
+  // The token of a thread's row r, or -1 if there is none.
+  auto token_of = [&](const Work& W, int r) {
+    int token = W.token;
+    if (is_text(W)) return position(W, r, 2) < P.text_tokens[W.kind - 1] ? token + position(W, r, 2) : -1;
+    bool exists = row_of(r) < P.box[0] * P.box[1] * P.box[2];
+#pragma unroll
+    for (int d = 0; d < 3; d++) {
+      const int at = position(W, r, d);
+      exists &= at < P.length[W.lengths][d];
+      token += at * P.token_stride[d];
+    }
+    return exists ? token : -1;
+  };
+  auto own_rows = [&](u32 first_row) { return base + first_row + X.index * kQueryBytes + consumer * kRows * kRowBytes; };
+
+  // Begins an item: no gradients yet, windows and statistics of this thread's rows.
+  auto begin = [&](const Work& W) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; i++) first[i] = second[i] = 0.f;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (!kRowsAreKeys) {
+        const int token = token_of(W, r);
+        const float2 known = token < 0 ? make_float2(-MINUS_INFINITY, 0.f) : P.statistics[(long long)W.head * P.tokens + token];
+        lse[r] = known.x, delta[r] = known.y;
+      }
+      if (W.masked && lane_class < 3) {
+        const int d = lane_class, length = P.length[W.lengths][d], at = min(position(W, r, d), length - 1);
+        window(r, d) = is_text(W) ? make_int2(0, length) : P.windows[W.windows + P.window_row[W.lengths][d] + at];
+      }
+    }
+    __syncwarp();
+  };
+  // Scores to weights.
+  auto weigh = [&](float (&s)[kKeys / 2], const KeyBox& box, const float* statistics) {
+    u32 mask[2][kMaskWords];
+    const bool masked = box.mask == kWindowMask || (!kRowsAreKeys && box.mask == kCountMask);
+    if (masked)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int2 windows[3] = {window(r, 0), window(r, 1), window(r, 2)};
+        if (TEXT && !kRowsAreKeys && box.mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
+        else window_mask(mask[r], table, windows, box, P.keys, lane_class);
+      }
+    auto weight = [&](float score, float of_query) { return exp2_fast(fmaf(score, P.scale_log2, -of_query)); };
+#pragma unroll
+    for (int g = 0; g < kKeys / 8; g++) {
+      const float2 column = kRowsAreKeys ? *(const float2*)(statistics + 8 * g + 2 * lane_class) : make_float2(0.f, 0.f);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
+        x = weight(x, kRowsAreKeys ? column.x : lse[r]);
+        y = weight(y, kRowsAreKeys ? column.y : lse[r]);
+        if (masked) {
+          x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : 0.f;
+          y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : 0.f;
+        }
+      }
+    }
+  };
+  // Weights and their gradients to gradients of scores.
+  auto differentiate = [&](float (&s)[kKeys / 2], const float (&d)[kKeys / 2], const float* statistics) {
+#pragma unroll
+    for (int g = 0; g < kKeys / 8; g++) {
+      const float2 column = kRowsAreKeys ? *(const float2*)(statistics + kKeys + 8 * g + 2 * lane_class) : make_float2(0.f, 0.f);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        s[4 * g + 2 * r] *= fmaf(d[4 * g + 2 * r], P.scale, -(kRowsAreKeys ? column.x : delta[r]));
+        s[4 * g + 2 * r + 1] *= fmaf(d[4 * g + 2 * r + 1], P.scale, -(kRowsAreKeys ? column.y : delta[r]));
+      }
+    }
+  };
+  // Gradients through this warpgroup's rows of a slot. Keys of text that do not count have none.
+  auto write = [&](const Work& W, float (&x)[kHeadDim / 2], u32 to) {
+    if (TEXT && kRowsAreKeys && is_text(W) && P.text_valid)
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+        if (position(W, r, 2) >= P.text_valid[2 * (W.head / P.heads) + W.kind - 1])
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; i++) x[i] = (i >> 1 & 1) == r ? 0.f : x[i];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; i++) {
+      const int row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
+      const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+      const float* v = x + 8 * i;
+      store_matrices(to + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    }
+  };
+  auto store_box = [&](const Work& W, u32 from, const TensorMap* map) {
+    const int b = W.head / P.heads, h = W.head % P.heads;
+    const bool text = is_text(W);
+    const int step0 = text ? 0 : P.beside[0], step1 = text ? 0 : P.beside[1], step2 = text ? kRows : P.beside[2];
+    for (int i = 0; i < kChunks; i++)
+      tensor_store(map, from + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
+                   W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
+  };
+
+  for (;; X.next(kRowStages), R.next(kRecords)) {
+    barrier_wait(r_full + 8 * R.index, R.phase);
+    const Work& W = work[R.index];
+    const int boxes = W.boxes * inner_heads(P);
+    if (boxes == 0) break;
+    begin(W);
+    barrier_wait(x_full + 8 * X.index, X.phase);
+    const u32 rows1 = own_rows(kRows1), rows2 = own_rows(kRows2);
+    u32 used = 0;  // the slot of the last box, to be given back once its last product is done
+#pragma unroll 1
+    for (int j = 0; j < boxes; j++, Y.next(kStages)) {
+      float s[kKeys / 2], d[kKeys / 2];
+      const u32 slot = base + kRing + Y.index * 2 * kKeyBytes;
+      const float* statistics = (const float*)(shared + kStatistics) + Y.index * 2 * kKeys;
+      barrier_wait(y_full + 8 * Y.index, Y.phase);
+      const KeyBox box = key_boxes[Y.index];
+      keep(s), keep(d), mma_fence();
+      scores(s, rows1, slot);
+      mma_commit();
+      scores(d, rows2, slot + kKeyBytes);
+      mma_commit();
+      mma_wait<1>(), keep(s), keep(first);
+      if (j > 0) release(used);
+      weigh(s, box, statistics);
+      if (kRowsAreKeys) {
+        to_operand(s, p);
+        mma_fence();
+        add_values(second, p, slot + kKeyBytes);
+        mma_commit();
+      }
+      // All are waited for, as the compiler would need further registers for operands beside those of a product in flight.
+      mma_wait<0>(), keep(d);
+      if (kRowsAreKeys) keep(second);
+      differentiate(s, d, statistics);
+      to_operand(s, p);
+      mma_fence();
+      add_values(first, p, slot);
+      mma_commit();
+      used = y_empty + 8 * Y.index;
+    }
+    mma_wait<0>(), keep(first);
+    release(used);
+    write(W, first, rows1);
+    if (kRowsAreKeys) write(W, second, rows2);
+    fence_async();
+    named_barrier(1 + consumer, 128);
+    if (threadIdx.x % 128 == 0) {
+      const int set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
+      store_box(W, rows1, &maps.out1[set]);
+      if (kRowsAreKeys) store_box(W, rows2, &maps.out2[set]);
+      barrier_arrive(r_empty + 8 * R.index);
+      stores_begin(), stores_read();
+      barrier_arrive(x_empty + 8 * X.index);
+    }
+  }
+  if (threadIdx.x % 128 == 0) stores_done();
+}

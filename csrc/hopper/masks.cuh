@@ -1,0 +1,56 @@
+// Masks of one box of columns, in the registers of a warpgroup's accumulator, and what becomes of the accumulator.
+//
+// A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16: s[4 g + 2 r + i] is row r, column 8 g + 2 (lane % 4) + i.
+// A mask has one bit for each column of a row that the thread holds, bit 2 g + i.
+#pragma once
+#include "hopper/ptx.cuh"
+
+#define MINUS_INFINITY (-__int_as_float(0x7f800000))
+constexpr int kMaskWords = (kKeys / 4 + 31) / 32;
+
+// table[position][lane class][word]: columns whose coordinate in a dimension is below the position; dimension after dimension.
+__device__ __forceinline__ void fill_mask_table(u32* table, const int (&keys)[3]) {
+  const int all = keys[0] * keys[1] * keys[2];
+  for (int i = threadIdx.x; i < (keys[0] + keys[1] + keys[2] + 3) * 4 * kMaskWords; i += blockDim.x) {
+    int position = i / (4 * kMaskWords), d = 0;
+    while (position > keys[d]) position -= keys[d++] + 1;
+    const int inner = d == 0 ? keys[1] * keys[2] : d == 1 ? keys[2] : 1;
+    u32 bits = 0;
+    for (int b = 0; b < 32; b++) {
+      const int bit = i % kMaskWords * 32 + b, column = 8 * (bit / 2) + 2 * (i / kMaskWords % 4) + bit % 2;
+      if (bit < kKeys / 4 && column < all && column / inner % keys[d] < position) bits |= 1u << b;
+    }
+    table[i] = bits;
+  }
+}
+
+// Columns of a box that lie in a row's window: in every dimension those below its end, less those below its start.
+__device__ __forceinline__ void window_mask(
+    u32 (&mask)[kMaskWords], const u32* table, const int2 (&window)[3], const KeyBox& box, const int (&keys)[3], int lane_class) {
+#pragma unroll
+  for (int w = 0; w < kMaskWords; w++) mask[w] = ~0u;
+#pragma unroll
+  for (int d = 0; d < 3; d++) {
+    const int begin = min(max(window[d].x - box.begin[d], 0), keys[d]), end = min(max(window[d].y - box.begin[d], 0), keys[d]);
+#pragma unroll
+    for (int w = 0; w < kMaskWords; w++)
+      mask[w] &= table[(end * 4 + lane_class) * kMaskWords + w] & ~table[(begin * 4 + lane_class) * kMaskWords + w];
+    table += (keys[d] + 1) * 4 * kMaskWords;
+  }
+}
+
+// The first `count` columns.
+__device__ __forceinline__ void count_mask(u32 (&mask)[kMaskWords], int count, int lane_class) {
+  const int mine = count - 2 * lane_class, pairs = mine >= 2 ? (mine - 2) / 8 + 1 : 0, bits = 2 * pairs + (mine - 8 * pairs == 1);
+#pragma unroll
+  for (int w = 0; w < kMaskWords; w++) {
+    const int here = min(max(bits - 32 * w, 0), 32);
+    mask[w] = here == 32 ? ~0u : (1u << here) - 1;
+  }
+}
+
+// An accumulator of 16 columns is exactly one operand of the next multiplication, once it has 16-bit floats.
+__device__ __forceinline__ void to_operand(const float (&s)[kKeys / 2], u32 (&p)[kKeys / 4]) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 4; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
+}

@@ -1,0 +1,37 @@
+// Operands in shared memory, and the two products that kernels are made of. Columns of one chunk lie side by side
+// (kRowBytes a row, swizzled), chunk after chunk. "generated.cuh" has the instructions for these sizes.
+#pragma once
+#include "hopper/generated.cuh"
+#include "hopper/ptx.cuh"
+
+constexpr int kHeadDim = HEAD_DIM, kConsumers = CONSUMERS;
+constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32, kChunks = kHeadDim / kColumns, kRowBytes = 2 * kColumns;
+constexpr int kRows = 64;  // rows of one warpgroup
+constexpr u32 kQueryChunk = kConsumers * kRows * kRowBytes, kKeyChunk = kKeys * kRowBytes;
+static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "head dims are multiples of 32 up to 256; pad others");
+static_assert(kKeys % 16 == 0, "the second multiplication takes 16 keys at a time");
+
+// Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes.
+__device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
+  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kColumns == 64 ? 1ull : 2ull) << 62;
+}
+
+__device__ __forceinline__ void scores(float (&s)[kKeys / 2], u32 q, u32 k) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 16; i++) {
+    const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
+    mma_qk(s, operand(q + chunk * kQueryChunk + within, 16, 8 * kRowBytes),
+           operand(k + chunk * kKeyChunk + within, 16, 8 * kRowBytes), i != 0);
+  }
+}
+
+__device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (&p)[kKeys / 4], u32 v) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; i++)
+    mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], operand(v + i * 16 * kRowBytes, kKeyChunk, 8 * kRowBytes));
+}
+
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int column, int c1, int c2, int c3, int c4) {
+#pragma unroll
+  for (int i = 0; i < kChunks; i++) tensor_load(to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);
+}
