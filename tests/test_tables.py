@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gna_flex import GNA
 from gna_flex.cuda.tables import (
+    Dim,
     BOXES,
     COLUMNS,
     FREE_BOXES,
@@ -188,7 +189,7 @@ def test_key_boxes_are_as_free_as_possible(lo, skip, width, rest, side):
 @given(st.randoms(use_true_random=False), st.integers(1, 70))
 def test_spans_are_union_and_intersection(rng, side):
     length, window, stride, _, causal = dim = next(iter(random_gna(rng, 1).dims()))
-    spans = query_spans(dim, np.array([length]), np.array([side]))
+    spans = query_spans(Dim(*dim), np.array([length]), np.array([side]))
     assert spans.start.tolist() == list(range(0, length, side))
     keys = attended(length, window, stride, 1, causal)
     for start, lo, hi, free_lo, free_hi in zip(*spans[1:], strict=True):

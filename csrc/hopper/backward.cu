@@ -1,6 +1,6 @@
 // Attention backward for Hopper (sm_90a), deterministic: one pass for queries' gradients, one for those of keys and values.
 //
-// Compile-time: as in forward.cu, and ROWS_ARE_KEYS, STAGES (slots of the inner ring), ROW_STAGES (slots of rows).
+// Compile-time: as in forward.cu, and ROWS_ARE_KEYS. QUERY_STAGES are slots of rows, KEY_STAGES of what streams by.
 //
 // Both passes are one kernel. Rows, a box of at most 64 for each consumer, stay; boxes of what they meet stream by:
 //   ROWS_ARE_KEYS 0: rows are queries and gradients of their outputs; keys and values stream.     dQ += dS K
@@ -16,7 +16,7 @@
 #include "hopper/products.cuh"
 
 constexpr bool kRowsAreKeys = ROWS_ARE_KEYS;
-constexpr int kStages = STAGES, kRowStages = ROW_STAGES;
+constexpr int kStages = KEY_STAGES, kRowStages = QUERY_STAGES;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
 // Registers of a thread. Where rows are keys, a consumer has two accumulators and needs all that there are; see the loop.
 constexpr int kConsumerRegisters = kRowsAreKeys ? 240 : 232, kProducerRegisters = kRowsAreKeys ? 32 : 40;

@@ -44,6 +44,8 @@ class KernelConfig(ABC):
 
     folder: ClassVar[str]
     """Where the kernel's sources are, in ``csrc``; also its name."""
+    direction: ClassVar[str] = "forward"
+    """Which of the sources: ``forward`` or ``backward``; the kernel is named after it."""
     head_dims: ClassVar[tuple[int, ...]]
     """Compiled head dims; others are padded to the next one with zeros."""
     rows: ClassVar[int]
@@ -108,7 +110,7 @@ class KernelConfig(ABC):
     @classmethod
     def source(cls) -> str:
         """The kernel's source."""
-        return (jit.source_folder() / cls.folder / "forward.cu").read_text(encoding="utf-8")
+        return (jit.source_folder() / cls.folder / f"{cls.direction}.cu").read_text(encoding="utf-8")
 
     def include(self) -> dict[str, str]:
         """Headers that the source includes, by name."""
@@ -116,6 +118,5 @@ class KernelConfig(ABC):
 
     def compile(self, arch: str) -> jit.Cubin:
         """Machine code for an architecture; see :func:`gna_flex.cuda.jit.compile`."""
-        return jit.compile(
-            self.source(), arch=arch, defines=self.defines(), name=f"{self.folder}_forward.cu", include=self.include()
-        )
+        name = f"{self.folder}_{self.direction}.cu"
+        return jit.compile(self.source(), arch=arch, defines=self.defines(), name=name, include=self.include())

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ class Plan:
         self.processors = facts.multi_processor_count
         code = self.config.compile(self.config.arch((facts.major, facts.minor)))
         self.log = code.log
-        self.kernel = driver.Kernel(code.code, "gna_forward", self.config.shared_bytes)
+        self.kernel = driver.Kernel(code.code, f"gna_{self.config.direction}", self.config.shared_bytes)
 
     def _shapes(self, map_sets: int) -> tuple[KernelConfig, KernelTiles]:
         from gna_flex.cuda.tune import shapes_for  # which makes plans itself
@@ -150,6 +151,10 @@ class Plan:
             config, tiles = shapes_for(request, torch.cuda.get_device_name(request.device))
         dilated = math.prod(self.gna.dilation) > 1
         return replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=any(self.text)), tiles
+
+    def _parameters(self, map_sets: int) -> type[Any]:
+        """The structure that the kernel takes."""
+        return parameters(map_sets)
 
     def _tables(self, gnas: list[GNA], classes: list[int], device: torch.device) -> None:
         """Work records, windows and the constant part of the parameters."""
@@ -165,7 +170,7 @@ class Plan:
         self.gna_of_head = heads if len(gnas) > 1 else None
         dims = padded_dims(self.gna)
         token_strides = [math.prod(dim[0] for dim in dims[axis + 1 :]) for axis in range(3)]
-        params = parameters(len(classes))()
+        params = self._parameters(len(classes))()
         params.items, params.windows = self.items.data_ptr(), self.windows.data_ptr()
         params.gna_of_head = self.gna_of_head.data_ptr() if self.gna_of_head is not None else None
         params.items_per_head, params.window_rows = len(records[0]), len(windows[0][0])

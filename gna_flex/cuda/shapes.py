@@ -234,7 +234,7 @@ def _distinct_spans(dim: Dim, sides: np.ndarray) -> tuple[Spans, np.ndarray]:
 
     Most tiles inside a grid are shifted copies of a few, and dilation groups have at most two different lengths.
     """
-    length, _, _, dilation, _ = dim
+    length, dilation = dim.length, dim.dilation
     sizes = np.array([ceil_div(length, dilation), length // dilation])
     groups = np.array([length % dilation, dilation - length % dilation])
     number = len(sides)

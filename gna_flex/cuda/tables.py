@@ -16,12 +16,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gna_flex.intervals import ceil_div, group_length, key_interval
+from gna_flex.intervals import ceil_div, group_length, key_interval, query_interval
 from gna_flex.neighborhood import GNA
 
 Triple = tuple[int, int, int]
-Dim = tuple[int, int, int, int, bool]
-"""Length, window, stride, dilation and causality of one dimension."""
+
+
+class Transposed(GNA):
+    """A neighborhood with queries and keys exchanged: a row of a kernel is a key, and its window the queries that see it.
+
+    >>> work_records(Transposed.of(GNA(512, 256)), KernelTiles((1, 1, 64), 2, 2, (1, 1, 64), 64))[:, [2, 5, 8]].tolist()
+    [[0, 0, 4], [128, 0, 6], [256, 129, 6], [384, 257, 4]]
+    """
+
+    @classmethod
+    def of(cls, gna: GNA) -> Transposed:
+        """The exchanged neighborhood."""
+        return cls(gna.layout, gna.window, gna.stride, gna.dilation, gna.causal, gna.text_first, gna.text_last)
+
+
+class Dim(NamedTuple):
+    """One dimension of a grid."""
+
+    length: int
+    window: int
+    stride: int
+    dilation: int
+    causal: bool
+    transposed: bool = False
+
+    def interval(self, i: Any, size: Any) -> tuple[Any, Any]:
+        """What row ``i`` of a dilation group of ``size`` positions meets: keys ``[lo, hi)``, or queries."""
+        interval = query_interval if self.transposed else key_interval
+        return interval(i, size, self.window, self.stride, self.causal)
+
 
 ROWS = 64
 """Query rows of one warpgroup of the Hopper kernel, and tokens in its box of text."""
@@ -100,10 +128,11 @@ def check_slots(kv_slots: int) -> None:
 def padded_dims(gna: GNA) -> list[Dim]:
     """The dimensions of a grid, padded to three with leading ones.
 
-    >>> padded_dims(GNA((8, 9), 3))
-    [(1, 1, 1, 1, False), (8, 3, 1, 1, False), (9, 3, 1, 1, False)]
+    >>> [dim.length for dim in padded_dims(GNA((8, 9), 3))]
+    [1, 8, 9]
     """
-    return [(1, 1, 1, 1, False)] * (3 - gna.ndim) + list(gna.dims())
+    transposed = isinstance(gna, Transposed)
+    return [Dim(1, 1, 1, 1, False)] * (3 - gna.ndim) + [Dim(*dim, transposed=transposed) for dim in gna.dims()]
 
 
 class Spans(NamedTuple):
@@ -123,18 +152,17 @@ class Spans(NamedTuple):
 def query_spans(dim: Dim, sizes: np.ndarray, sides: np.ndarray) -> Spans:
     """Spans of the query tiles of several sequences: ``sizes[i]`` positions cut into tiles of ``sides[i]``.
 
-    >>> query_spans((10, 4, 1, 1, False), np.array([10]), np.array([5])).hi.tolist()
+    >>> query_spans(Dim(10, 4, 1, 1, False), np.array([10]), np.array([5])).hi.tolist()
     [6, 10]
     """
-    _, window, stride, _, causal = dim
     tiles = ceil_div(sizes, sides)
     sequence = np.repeat(np.arange(len(sizes)), tiles)
     place = np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
     size, side = sizes[sequence], sides[sequence]
     start = place * side
     last = np.minimum(start + side, size) - 1
-    lo, free_hi = key_interval(start, size, window, stride, causal)
-    free_lo, hi = key_interval(last, size, window, stride, causal)
+    lo, free_hi = dim.interval(start, size)
+    free_lo, hi = dim.interval(last, size)
     return Spans(sequence, start, lo, hi, free_lo, free_hi)
 
 
@@ -359,5 +387,5 @@ def window_table(gna: GNA) -> tuple[np.ndarray, np.ndarray]:
 
 def _windows(dim: Dim, size: int, everything: bool) -> np.ndarray:
     position = np.arange(size)
-    lo, hi = (0, size) if everything else key_interval(position, size, dim[1], dim[2], dim[4])
+    lo, hi = (0, size) if everything else dim.interval(position, size)
     return np.stack(np.broadcast_arrays(lo, hi, position)[:2], axis=1).astype(np.int32)

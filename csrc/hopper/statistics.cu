@@ -1,0 +1,53 @@
+// What both passes of backward read of every query: its log-sum-exp in base 2, and delta, as backward.cu has it.
+typedef long long i64;
+
+#if FLOAT16
+__device__ __forceinline__ float2 unpack(unsigned int pair) {
+  float2 r;
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(r.x), "=f"(r.y) : "r"(pair));
+  return r;
+}
+#else
+__device__ __forceinline__ float2 unpack(unsigned int pair) {
+  return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
+}
+#endif
+
+struct Statistics {
+  const void *out, *grad;                   // 16-bit floats
+  const float *lse, *grad_lse;              // [batch, heads, tokens], natural logarithm; grad_lse may be null
+  float2* to;                               // [batch, heads, tokens]
+  i64 out_strides[3], grad_strides[3];      // elements from one batch entry, head, token to the next
+  i64 rows;
+  int heads, tokens, head_dim;
+  float scale;
+};
+
+constexpr int kLanes = 16;  // that share a row, 8 columns at a time
+
+extern "C" __global__ void __launch_bounds__(256) gna_statistics(const __grid_constant__ Statistics P) {
+  const i64 row = (i64)blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  float sum = 0.f;
+  if (row < P.rows) {
+    const i64 token = row % P.tokens, head = row / P.tokens % P.heads, batch = row / P.tokens / P.heads;
+    const i64 out = batch * P.out_strides[0] + head * P.out_strides[1] + token * P.out_strides[2];
+    const i64 grad = batch * P.grad_strides[0] + head * P.grad_strides[1] + token * P.grad_strides[2];
+    for (int column = 8 * lane; column < P.head_dim; column += 8 * kLanes) {
+      const uint4 a = *(const uint4*)((const unsigned short*)P.out + out + column);
+      const uint4 b = *(const uint4*)((const unsigned short*)P.grad + grad + column);
+      const unsigned int x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float2 u = unpack(x[i]), v = unpack(y[i]);
+        sum += u.x * v.x + u.y * v.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = kLanes / 2; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  if (row < P.rows && lane == 0) {
+    const float less = P.grad_lse ? P.grad_lse[row] : 0.f;
+    P.to[row] = make_float2(P.lse[row] * 1.4426950408889634f, (sum - less) * P.scale);
+  }
+}

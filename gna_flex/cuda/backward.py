@@ -1,0 +1,227 @@
+"""Runs the Hopper backward kernel: two passes, one for gradients of queries, one for those of keys and values.
+
+Both are one kernel, ``csrc/hopper/backward.cu``, whose rows are queries or keys. Plans, records and tensor maps are those
+of the forward; where rows are keys they are built for the exchanged neighborhood, :class:`gna_flex.cuda.tables.Transposed`.
+Nothing is added up by atomics: results repeat in every bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gna_flex.cuda import driver, forward, jit
+from gna_flex.cuda.config import KernelConfig
+from gna_flex.cuda.forward import LOG2_E, SMALLEST_SCALE, Address, Plan, Request, can_map, parameters
+from gna_flex.cuda.kernel import Config
+from gna_flex.cuda.shapes import choose
+from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed
+from gna_flex.neighborhood import GNA
+from gna_flex.torch_private import current_stream
+
+MAX_HEAD_DIM = 128
+"""Two accumulators of more columns leave no registers."""
+OPERANDS = ("rows1", "rows2", "inner1", "inner2", "out1", "out2")
+"""Tensors of one pass: those of rows, those that stream by, and results."""
+
+
+@dataclass(frozen=True)
+class BackwardConfig(Config):
+    """A configuration of one pass of the backward kernel; see ``csrc/hopper/backward.cu``.
+
+    Attributes:
+        keys: rows of a slot of what streams by.
+        rows_are_keys: the pass for gradients of keys and values, instead of that for queries.
+        query_stages: slots of rows.
+        key_stages: slots of what streams by.
+    """
+
+    rows_are_keys: bool = False
+
+    direction: ClassVar[str] = "backward"
+    head_dims: ClassVar[tuple[int, ...]] = (32, 64, 96, 128)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one CTA, as the kernel lays it out.
+
+        >>> BackwardConfig(128, 96, query_stages=1, key_stages=3).shared_bytes
+        217856
+        """
+        rows, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
+        tables = (self.keys + 5) * 16 * -(-self.keys // 128) + self.consumers * ROWS * 24
+        tables += 8 * self.keys * self.key_stages * self.rows_are_keys + 2 * 128 + 16 * self.key_stages
+        return (rows + ring) * self.head_dim * 2 + tables + 8 * (2 * 2 + 2 * self.query_stages + 2 * self.key_stages)
+
+    def defines(self) -> dict[str, int]:
+        """Macros of the kernel's source."""
+        return super().defines() | {"ROWS_ARE_KEYS": int(self.rows_are_keys)}
+
+
+def default_config(head_dim: int, rows_are_keys: bool) -> BackwardConfig:
+    """The configuration of a pass for a head dim."""
+    padded = BackwardConfig.padded(head_dim)
+    if padded > 64:
+        keys, rows, stages = (64, 1, 4) if rows_are_keys else (96, 1, 3)
+    else:
+        keys, rows, stages = (96, 2, 4) if rows_are_keys else (128, 2, 3)
+    return BackwardConfig(padded, keys, query_stages=rows, key_stages=stages, rows_are_keys=rows_are_keys)
+
+
+@functools.lru_cache(maxsize=16)
+def backward_parameters(map_sets: int) -> type[ctypes.Structure]:
+    """``BackwardParams`` of ``csrc/common/records.cuh``."""
+
+    class BackwardParams(parameters(map_sets)):  # type: ignore[misc]
+        _fields_ = (("statistics", ctypes.c_void_p), ("rows2", Address), ("scale", ctypes.c_float))
+
+    return BackwardParams
+
+
+class Pass(Plan):
+    """One pass of backward: everything about its launch but the tensors."""
+
+    config: BackwardConfig
+
+    def _parameters(self, map_sets: int) -> type[Any]:
+        return backward_parameters(map_sets)
+
+    def _shapes(self, map_sets: int) -> tuple[KernelConfig, KernelTiles]:
+        request, gnas = self.request, tuple(dict.fromkeys(self.request.gnas))
+        config = request.config or default_config(request.head_dim, isinstance(self.gna, Transposed))
+        tiles = request.tiles or choose(gnas, config.keys, config.groups)
+        facts = {"dilated": max(self.gna.dilation) > 1, "map_sets": map_sets, "text": any(self.text)}
+        return replace(config, float16=request.float16, **facts), tiles
+
+    def pass_arguments(
+        self, tensors: Sequence[Tensor], statistics: Tensor, counters: Tensor, scale: float, text_valid: Tensor | None
+    ) -> driver.Arguments:
+        """Tensor maps and parameters of a launch with these tensors, in the order of :data:`OPERANDS`.
+
+        ``statistics``: float32 ``[B, H, S, 2]`` of all queries. Both results have the same strides.
+        """
+        rows, inner = tensors[0], tensors[2]
+        sets = self.config.map_sets + 2 * self.config.text
+        maps = driver.TensorMaps(len(OPERANDS) * sets)
+        params = type(self.params).from_buffer_copy(self.params)
+        places = {"rows1": "q", "rows2": "rows2", "inner1": "k", "inner2": "v", "out1": "o", "out2": "o"}
+        for operand, (name, x) in enumerate(zip(OPERANDS, tensors, strict=True)):
+            setattr(params, places[name], self._encode(maps, operand * sets, x, is_keys=name.startswith("inner")))
+        params.counters, params.statistics = counters.data_ptr(), statistics.data_ptr()
+        params.text_valid = text_valid.data_ptr() if text_valid is not None else None
+        params.scale, params.scale_log2 = scale, (scale if scale else SMALLEST_SCALE) * LOG2_E
+        params.total = forward._small("work items", params.items_per_head * rows.shape[0] * rows.shape[1])
+        params.text_total = params.text_items * rows.shape[0] * rows.shape[1]
+        heads = sorted((rows.shape[1], inner.shape[1]))
+        params.heads, params.queries_per_key_head = rows.shape[1], heads[1] // heads[0]
+        return driver.Arguments(maps, params)
+
+
+class StatisticsParams(ctypes.Structure):
+    """``Statistics`` of ``csrc/hopper/statistics.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "grad", "lse", "grad_lse", "to")),
+        ("out_strides", ctypes.c_longlong * 3),
+        ("grad_strides", ctypes.c_longlong * 3),
+        ("rows", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
+STATISTICS_THREADS, STATISTICS_ROWS = 256, 16
+"""Threads of a CTA of the kernel of statistics, and the rows that it takes."""
+
+
+def statistics_arguments(
+    out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, to: Tensor, scale: float
+) -> driver.Arguments:
+    """Parameters of the kernel of statistics; ``out`` and ``grad`` have columns side by side, ``to`` is ``[B, H, S, 2]``."""
+    strides = [(ctypes.c_longlong * 3)(*x.stride()[:3]) for x in (out, grad)]
+    batch, heads, tokens, head_dim = out.shape
+    pointers = (out.data_ptr(), grad.data_ptr(), lse.data_ptr(), grad_lse.data_ptr() if grad_lse is not None else None)
+    rows = batch * heads * tokens
+    return driver.Arguments(StatisticsParams(*pointers, to.data_ptr(), *strides, rows, heads, tokens, head_dim, scale))
+
+
+@functools.cache
+def statistics_kernel(float16: bool) -> driver.Kernel:
+    """The kernel of statistics."""
+    source = (jit.source_folder() / "hopper" / "statistics.cu").read_text(encoding="utf-8")
+    code = jit.compile(source, arch="sm_90a", defines={"FLOAT16": int(float16)}, name="hopper_statistics.cu", include={})
+    return driver.Kernel(code.code, "gna_statistics", 0)
+
+
+@functools.lru_cache(maxsize=256)
+def passes(request: Request) -> tuple[Pass, Pass]:
+    """The two passes for a request: that of queries, and that of keys and values."""
+    exchanged = tuple(Transposed.of(gna) for gna in request.gnas)
+    return Pass(request), Pass(replace(request, gnas=exchanged))
+
+
+def backward(
+    gnas: tuple[GNA, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    scale: float,
+    text_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query ``[B, H, S, D]``, key and value ``[B, Hkv, S, D]``, on the current stream.
+
+    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head;
+    ``text_valid`` are the lengths of text, int32 ``[B, 2]``, that the forward had.
+    """
+    head_dim, float16, device = query.shape[-1], query.dtype == torch.float16, query.device
+    if len(set(gnas)) > 1 and key.shape[1] != query.shape[1]:
+        # Heads of keys whose queries have different windows: gradients for each head of queries first.
+        groups = query.shape[1] // key.shape[1]
+        wide = (x.repeat_interleave(groups, 1) for x in (key, value))
+        dq, *grads = backward(gnas, query, *wide, out, lse, grad_out, grad_lse, scale, text_valid)
+        dk, dv = (x.unflatten(1, (-1, groups)).sum(2, dtype=torch.float32).to(x.dtype) for x in grads)
+        return dq, dk, dv
+    index = device.index
+    of_queries, of_keys = passes(Request(gnas, head_dim, float16, index))
+    q, k, v, grad = operands(of_queries, query, key, value, grad_out)
+    out = out if _has_rows(out) else out.contiguous()
+    rows = grad_out if _has_rows(grad_out) else grad
+    statistics = torch.empty(*lse.shape, 2, dtype=torch.float32, device=device)
+    stream = current_stream(index)
+    grid = (-(-lse.numel() // STATISTICS_ROWS), 1, 1)
+    lse, grad_lse = lse.contiguous(), grad_lse if grad_lse is None else grad_lse.contiguous()
+    arguments = statistics_arguments(out, rows, lse, grad_lse, statistics, scale)
+    driver.launch(statistics_kernel(float16), grid, (STATISTICS_THREADS, 1, 1), 0, stream, arguments, index)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+    for each, tensors in ((of_queries, (q, grad, k, v, dq, dq)), (of_keys, (k, v, q, grad, dk, dv))):
+        counters = forward._counters(index, stream)
+        arguments = each.pass_arguments(tensors, statistics, counters, scale, text_valid)
+        grid = (min(each.processors, arguments.values[1].total), 1, 1)
+        config = each.config
+        driver.launch(each.kernel, grid, (config.threads, 1, 1), config.shared_bytes, stream, arguments, index)
+    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+
+
+def operands(plan: Plan, *tensors: Tensor) -> Sequence[Tensor]:
+    """Query, key, value and gradient as tensor maps can describe them: copies where the tensors themselves cannot be."""
+    exact = tensors[0].shape[-1] == plan.config.head_dim
+    likes = [torch.empty_like(x, device="meta") for x in tensors[:2]]
+    direct = all(map(can_map, (*tensors, *likes))) and (exact or plan._fills_with_zeros((*tensors, *likes)))
+    if direct and not any(x.data_ptr() % 16 for x in tensors):
+        return tensors
+    return plan.copies(*tensors)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether the kernel of statistics can read rows: columns side by side, at multiples of 16 bytes."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
