@@ -243,7 +243,7 @@ def test_window_table(rng):
     assert used == {c for c in range(PLAIN + 1) if offsets[c, 0] >= 0}
     np.testing.assert_array_equal(offsets < 0, lengths < 0)
     for c in used:
-        for axis, (length, window, stride, dilation, causal) in enumerate(dims):
+        for axis, (length, window, stride, dilation, causal, _) in enumerate(dims):
             short = c >> axis & 1
             size = length if c == PLAIN else math.ceil(length / dilation) - short
             rows = windows[offsets[c, axis] :][:size].tolist()

@@ -19,8 +19,9 @@ constexpr bool kRowsAreKeys = ROWS_ARE_KEYS;
 constexpr int kStages = KEY_STAGES, kRowStages = QUERY_STAGES;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
 // Registers of a thread. Where rows are keys, a consumer has two accumulators and needs all that there are; see the loop.
-constexpr int kConsumerRegisters = kRowsAreKeys ? 240 : 232, kProducerRegisters = kRowsAreKeys ? 32 : 40;
+constexpr int kConsumerRegisters = kRowsAreKeys ? 240 : 232, kProducerRegisters = kRowsAreKeys ? 24 : 40;
 static_assert(kConsumers == 2, "registers are shared out for two consumers");
+static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 static_assert(kHeadDim <= (kRowsAreKeys ? 128 : 256), "two accumulators of more columns leave no registers");
 
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
@@ -34,30 +35,37 @@ static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or 
 // Boxes that an item meets: those of one head of queries after the other where rows are keys.
 __device__ __forceinline__ int inner_heads(const BackwardParams& P) { return kRowsAreKeys ? P.queries_per_key_head : 1; }
 
-// Log-sum-exp (base 2) and delta of the queries in a box that streams by; queries that do not exist weigh nothing.
-__device__ __forceinline__ void load_statistics(
-    float2 (&statistics)[(kKeys + 31) / 32], const Work& W, const BackwardParams& P, const KeyWalk& at, int head, int box_keys) {
-  const int lane = threadIdx.x % 32;
+// Where this lane's queries are in a box that streams by: one of 32 rows, 8 bits for each dimension.
+struct InBox {
+  u32 at[(kKeys + 31) / 32];
+  __device__ __forceinline__ explicit InBox(const int (&box)[3]) {
 #pragma unroll
-  for (int i = 0; i < (kKeys + 31) / 32; i++) {
-    const int row = lane + 32 * i;
-    bool exists = row < box_keys;
-    int token = 0;
-    if (at.is_text()) {
-      token = P.text_token[at.set - MAP_SETS] + at.c2 + row;
-      exists &= at.c2 + row < W.text[at.set - MAP_SETS];
-    } else {
-      const bool plain = TEXT && W.kind;  // keys of text meet the undivided grid
-      const int place[3] = {at.c0 + row / (P.keys[2] * P.keys[1]), at.c1 + row / P.keys[2] % P.keys[1], at.c2 + row % P.keys[2]};
-      token = plain ? P.grid_token : W.token;
-#pragma unroll
-      for (int d = 0; d < 3; d++) {
-        exists &= (u32)place[d] < (u32)P.length[W.lengths][d];
-        token += place[d] * (plain ? P.group_stride[d] : P.token_stride[d]);
-      }
+    for (int i = 0; i < (kKeys + 31) / 32; i++) {
+      const int row = threadIdx.x % 32 + 32 * i;
+      at[i] = row / (box[2] * box[1]) | row / box[2] % box[1] << 8 | row % box[2] << 16;
     }
-    statistics[i] = exists ? P.statistics[(long long)head * P.tokens + token] : make_float2(-MINUS_INFINITY, 0.f);
   }
+};
+
+// Log-sum-exp (base 2) and delta of a query in the box; those that do not exist weigh nothing.
+__device__ __forceinline__ float2 statistics_of(
+    int row, u32 in_box, const Work& W, const BackwardParams& P, const KeyWalk& at, const float2* head, int box_keys) {
+  const float2 nothing = make_float2(-MINUS_INFINITY, 0.f);
+  if (row >= box_keys) return nothing;
+  if (at.is_text()) {
+    const int text = at.set - MAP_SETS, i = at.c2 + row;
+    return i < W.text[text] ? head[P.text_token[text] + i] : nothing;
+  }
+  const bool plain = TEXT && W.kind;  // keys of text meet the undivided grid
+  const int place[3] = {at.c0 + (int)(in_box & 255), at.c1 + (int)(in_box >> 8 & 255), at.c2 + (int)(in_box >> 16)};
+  int token = plain ? P.grid_token : W.token;
+  bool exists = true;
+#pragma unroll
+  for (int d = 0; d < 3; d++) {
+    exists &= (u32)place[d] < (u32)P.length[W.lengths][d];
+    token += place[d] * (plain ? P.group_stride[d] : P.token_stride[d]);
+  }
+  return exists ? head[token] : nothing;
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
@@ -73,7 +81,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1);
+    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1 + kRowsAreKeys);
     for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, kConsumers);
     for (int i = 0; i < kStages; i++) barrier_init(y_full + 8 * i, 1 + kRowsAreKeys), barrier_init(y_empty + 8 * i, 4 * kConsumers);
     barrier_init_done();
@@ -110,9 +118,9 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
       if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
     }
-    if (warp == 1) {  // boxes that stream by; all lanes load statistics, one issues copies
+    // Every role walks the boxes of an item, those of each head of queries after the other where rows are keys.
+    auto walk = [&](auto&& visit) {
       Stage R{0, 0}, Y{0, 1};
-      const u32 bytes = 2 * box_keys * kRowBytes * kChunks;
       for (;; R.next(kRecords)) {
         barrier_wait(r_full + 8 * R.index, R.phase);
         const Work& W = work[R.index];
@@ -121,35 +129,41 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #pragma unroll 1
         for (int h = 0; h < inner_heads(P); h++) {
           KeyWalk at(W);
-          const int k_place = W.k_place + h * P.k.head_place, v_place = W.v_place + h * P.v.head_place;
 #pragma unroll 1
           for (int j = 0; j < boxes; j++, Y.next(kStages)) {
             if (j > 0) at.advance(W, P.keys, box_keys);
-            float2 statistics[(kKeys + 31) / 32];
-            if (kRowsAreKeys) load_statistics(statistics, W, P, at, W.head * P.queries_per_key_head + h, box_keys);
-            barrier_wait(y_empty + 8 * Y.index, Y.phase);
-            const u32 full = y_full + 8 * Y.index, slot = base + kRing + Y.index * 2 * kKeyBytes;
-            if (lane == 0) {
-              key_boxes[Y.index] = at.box(W, box_keys, kKeys);
-              barrier_expect(full, bytes);
-              const int k_column = (at.is_text() ? W.key_head * P.k.head_column : W.k_column) + h * P.k.head_column;
-              const int v_column = (at.is_text() ? W.key_head * P.v.head_column : W.v_column) + h * P.v.head_column;
-              load_box(slot, &maps.inner1[at.set], full, k_column, at.c2, at.c1, at.c0, k_place);
-              load_box(slot + kKeyBytes, &maps.inner2[at.set], full, v_column, at.c2, at.c1, at.c0, v_place);
-            }
-            if (kRowsAreKeys) {
-              float* to = (float*)(shared + kStatistics) + Y.index * 2 * kKeys;
-#pragma unroll
-              for (int i = 0; i < (kKeys + 31) / 32; i++)
-                if (lane + 32 * i < kKeys) to[lane + 32 * i] = statistics[i].x, to[kKeys + lane + 32 * i] = statistics[i].y;
-              __syncwarp();
-              if (lane == 0) barrier_arrive(full);
-            }
+            visit(W, at, h, Y);
           }
         }
-        __syncwarp();
         if (lane == 0) barrier_arrive(r_empty + 8 * R.index);
       }
+    };
+    if (warp == 1 && lane == 0)  // boxes that stream by
+      walk([&](const Work& W, const KeyWalk& at, int h, const Stage& Y) {
+        barrier_wait(y_empty + 8 * Y.index, Y.phase);
+        const u32 full = y_full + 8 * Y.index, slot = base + kRing + Y.index * 2 * kKeyBytes;
+        key_boxes[Y.index] = at.box(W, box_keys, kKeys);
+        barrier_expect(full, 2 * box_keys * kRowBytes * kChunks);
+        const int k_column = (at.is_text() ? W.key_head * P.k.head_column : W.k_column) + h * P.k.head_column;
+        const int v_column = (at.is_text() ? W.key_head * P.v.head_column : W.v_column) + h * P.v.head_column;
+        load_box(slot, &maps.inner1[at.set], full, k_column, at.c2, at.c1, at.c0, W.k_place + h * P.k.head_place);
+        load_box(slot + kKeyBytes, &maps.inner2[at.set], full, v_column, at.c2, at.c1, at.c0, W.v_place + h * P.v.head_place);
+      });
+    if (kRowsAreKeys && warp == 2) {  // statistics of the queries in these boxes
+      const InBox in_box(P.keys);
+      walk([&](const Work& W, const KeyWalk& at, int h, const Stage& Y) {
+        const float2* head = P.statistics + (long long)(W.head * P.queries_per_key_head + h) * P.tokens;
+        float2 found[(kKeys + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < (kKeys + 31) / 32; i++) found[i] = statistics_of(lane + 32 * i, in_box.at[i], W, P, at, head, box_keys);
+        barrier_wait(y_empty + 8 * Y.index, Y.phase);  // only now, which hides the latency of loads
+        float* to = (float*)(shared + kStatistics) + Y.index * 2 * kKeys;
+#pragma unroll
+        for (int i = 0; i < (kKeys + 31) / 32; i++)
+          if (lane + 32 * i < kKeys) to[lane + 32 * i] = found[i].x, to[kKeys + lane + 32 * i] = found[i].y;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(y_full + 8 * Y.index);
+      });
     }
     return;
   }

@@ -43,7 +43,7 @@ class Block:
         self.named: dict[int, NamedBarrier] = {}
         self.mma_log: dict[tuple[int, int], tuple[tuple[object, ...], int]] = {}
         self.registers = min(REGISTERS // threads, 255) // 8 * 8
-        self.free_registers = REGISTERS - self.registers * threads
+        self.free_registers = 0  # only what its own warps give back: not what the multiprocessor has beside
         self.warps = [Warp(self, i, machine.program, machine.rng) for i in range(threads // 32)]
 
     def new_mma_queue(self, warp: Warp) -> Queue:
