@@ -19,6 +19,7 @@ from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
 from gna_flex.neighborhood import GNA
 from gna_flex.reference import reference_attention
 from gna_flex.reference_backward import reference_backward
+from gna_flex.routing import backward_obstacle, forced
 from gna_flex.tiling import from_tiles, to_tiles
 from gna_flex.torch_private import FakeTensor
 from gna_flex.transforms import mapped, no_second_derivative
@@ -209,13 +210,23 @@ _library.define(
 
 
 def _backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by FlexAttention's backward, which needs no forward of its own."""
+    """Gradients by the hand-written kernel, or by FlexAttention's backward, which needs no forward of its own."""
     from gna_flex.flex_backward import flex_backward
 
-    query, key, value, out, lse, grad_out, grad_lse, *rest = arguments
-    numbers, scale, text_valid = _split(query, tuple(rest))
-    grads = flex_backward(_masks(numbers), query, key, value, out, lse, grad_out, grad_lse, scale, text_valid)
-    return _like(grads, arguments)
+    query, *tensors = arguments[:7]
+    numbers, scale, text_valid = _split(query, arguments[7:])
+    call = (_masks(numbers), query, *tensors, scale, None if text_valid is None else text_valid.contiguous())
+    name = kernels.kernel_for(torch.cuda.get_device_capability(query.device))
+    if name and not kernels.missing() and not backward_obstacle(name, query.shape[-1]):
+        from gna_flex.cuda.backward import backward
+
+        try:
+            return _like(backward(*call), arguments)
+        except (RuntimeError, ImportError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or forced() or torch.cuda.is_current_stream_capturing():
+                raise
+            kernels.give_up(error)
+    return _like(flex_backward(*call), arguments)
 
 
 def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,8 +238,14 @@ def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _like(grads: Any, tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the strides of query, key and value."""
-    dq, dk, dv = (torch.empty_like(x).copy_(grad) for x, grad in zip(tensors, grads, strict=False))
+    """Gradients in the strides of query, key and value, which they often have already."""
+
+    def like(x: Tensor, grad: Tensor) -> Tensor:
+        strides = torch.empty_like(x, device="meta").stride()
+        done = grad.stride() == strides and grad.dtype == x.dtype
+        return grad if done else torch.empty_like(x).copy_(grad)
+
+    dq, dk, dv = (like(x, grad) for x, grad in zip(tensors, grads, strict=False))
     return dq, dk, dv
 
 

@@ -19,6 +19,9 @@ ROUTES = (*kernels.KERNELS, "flex-tiles", "flex", "reference")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_MAX_HEAD_DIM = {"hopper": 256, "blackwell": 128}
 
+BACKWARD_MAX_HEAD_DIM = {"hopper": 128, "blackwell": 0}
+"""Up to which head dim a kernel has a backward of its own; two accumulators of more columns leave no registers."""
+
 FLEX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLEX_DEVICES = ("cuda", "xpu")
 FLEX_MIN_HEAD_DIM = 16
@@ -117,7 +120,7 @@ def _choose(facts: Facts, forced: str | None) -> Route:
         obstacle = obstacle_to(name, facts)
         objection = obstacle or unprofitable(name, facts)
         if not objection:
-            return Route(name, _REASONS[name], rejected)
+            return Route(name, _reason(name, facts), rejected)
         if not obstacle and possible is None:
             possible = name
         rejected = (*rejected, (name, objection))
@@ -199,9 +202,27 @@ def _kernel_obstacle(name: str, facts: Facts) -> str:
         return f"it takes head dims that are multiples of 8 up to {most}, not {facts.head_dim}"
     if facts.foreign:
         return facts.foreign
-    if facts.needs_grad and facts.head_dim < FLEX_MIN_HEAD_DIM:
+    if facts.needs_grad and facts.head_dim < FLEX_MIN_HEAD_DIM and backward_obstacle(name, facts.head_dim):
         return f"its backward is FlexAttention's, which needs a head dim of at least {FLEX_MIN_HEAD_DIM}"
     return facts.untested
+
+
+def backward_obstacle(name: str, head_dim: int) -> str:
+    """Why the backward of a kernel's calls is FlexAttention's; empty if the kernel has its own.
+
+    >>> backward_obstacle("hopper", 128), backward_obstacle("hopper", 192)
+    ('', 'there is a kernel for head dims up to 128, not for 192')
+    """
+    most = BACKWARD_MAX_HEAD_DIM[name]
+    if not most:
+        return "there is no kernel for it yet"
+    return f"there is a kernel for head dims up to {most}, not for {head_dim}" if head_dim > most else ""
+
+
+def _reason(name: str, facts: Facts) -> str:
+    if name in kernels.KERNELS and facts.needs_grad and (obstacle := backward_obstacle(name, facts.head_dim)):
+        return f"{_REASONS[name]}; the backward is FlexAttention's: {obstacle}"
+    return _REASONS[name]
 
 
 def with_verdict(facts: Facts, device: int | None) -> Facts:

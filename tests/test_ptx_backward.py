@@ -29,8 +29,9 @@ PROBLEMS["text, grouped heads, some of it valid"] = Problem(
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, keep: Tensor, scale: float, low: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value, log-sum-exp and delta, in float64; or with weights, their gradients and results
-    rounded to ``low``, as a plain run of that type has them. Delta always comes from an output of 16 bits.
+    """Gradients of query, key and value, log-sum-exp and delta, in float64; delta comes from an output of 16 bits.
+
+    Or with weights, their gradients and results rounded to ``low``, as a plain run of that type has them.
     """
     groups, dtype = q.shape[1] // k.shape[1], q.dtype
 

@@ -397,7 +397,7 @@ def test_registers_come_from_those_given_back() -> None:
 
 
 def test_registers_that_no_thread_has_are_not_handed_out() -> None:
-    """384 threads have 168 registers each; the 1024 that the multiprocessor has beside go to nobody, as an H100 showed."""
+    """384 threads have 168 registers each; the 1024 more of a multiprocessor go to nobody, as an H100 showed."""
     body = "setp.ge.u32 %p1, %r1, 128; @%p1 bra B; setmaxnreg.dec.sync.aligned.u32 32; bra C;\n"
     body += "B: setmaxnreg.inc.sync.aligned.u32 240;\nC: st.global.u32 [%rd5], %r1;"
     with pytest.raises(DeadlockError, match="registers"):

@@ -132,7 +132,7 @@ def test_forced_route_is_taken_where_it_can_be(name):
 @pytest.mark.parametrize(
     ("name", "facts", "words"),
     [
-        ("hopper", HOPPER._replace(needs_grad=True, head_dim=8), "head dim of at least 16"),
+        ("blackwell", BLACKWELL._replace(needs_grad=True, head_dim=8), "head dim of at least 16"),
         ("hopper", CPU, "needs an NVIDIA Hopper GPU, and the tensors are on cpu"),
         ("blackwell", CPU, "needs an NVIDIA data-center Blackwell GPU, and the tensors are on cpu"),
         ("blackwell", HOPPER, "compute capability 10, and this GPU has 9.0"),
@@ -229,9 +229,18 @@ AGAINST_KERNELS = {
     "odd-head": ({"head_dim": 100}, "multiples of 8 up to {most}, not 100"),
     "large-head": ({"head_dim": 264}, "multiples of 8 up to {most}, not 264"),
     "foreign": ({"foreign": "it takes no score_mod"}, "it takes no score_mod"),
-    "training": ({"needs_grad": True, "head_dim": 8}, "which needs a head dim of at least 16"),
 }
 ON_GPU = {"hopper": (HOPPER, 256), "blackwell": (BLACKWELL, 128)}
+
+
+def test_routes_say_whose_backward_they_have():
+    training = HOPPER._replace(needs_grad=True)
+    assert "backward" not in choose_route(training).reason
+    assert "backward is FlexAttention's" in choose_route(training._replace(head_dim=192)).reason
+    assert "backward" not in choose_route(HOPPER._replace(head_dim=192)).reason
+    assert "backward is FlexAttention's" in choose_route(BLACKWELL._replace(needs_grad=True)).reason
+    assert choose_route(training._replace(head_dim=8)).name == "hopper"
+    assert choose_route(BLACKWELL._replace(needs_grad=True, head_dim=8)).name == "reference"
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)

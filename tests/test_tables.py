@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from gna_flex import GNA
 from gna_flex.cuda.tables import (
-    Dim,
     BOXES,
     COLUMNS,
     FREE_BOXES,
@@ -24,6 +23,7 @@ from gna_flex.cuda.tables import (
     MASKED,
     PLAIN,
     START,
+    Dim,
     KernelTiles,
     class_lengths,
     count,

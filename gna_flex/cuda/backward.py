@@ -1,8 +1,8 @@
 """Runs the Hopper backward kernel: two passes, one for gradients of queries, one for those of keys and values.
 
-Both are one kernel, ``csrc/hopper/backward.cu``, whose rows are queries or keys. Plans, records and tensor maps are those
-of the forward; where rows are keys they are built for the exchanged neighborhood, :class:`gna_flex.cuda.tables.Transposed`.
-Nothing is added up by atomics: results repeat in every bit.
+Both are one kernel, ``csrc/hopper/backward.cu``, whose rows are queries or keys. Plans, records and tensor maps are
+those of the forward; where rows are keys they are built for the exchanged neighborhood,
+:class:`gna_flex.cuda.tables.Transposed`. Nothing is added up by atomics: results repeat in every bit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gna_flex.cuda import driver, forward, jit
+from gna_flex.cuda import driver, jit
 from gna_flex.cuda.config import KernelConfig
-from gna_flex.cuda.forward import LOG2_E, SMALLEST_SCALE, Address, Plan, Request, can_map, parameters
+from gna_flex.cuda.forward import (
+    LOG2_E,
+    SMALLEST_SCALE,
+    Address,
+    Plan,
+    Request,
+    can_map,
+    launch_counters,
+    parameters,
+    small,
+)
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.shapes import choose
 from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
 
-MAX_HEAD_DIM = 128
-"""Two accumulators of more columns leave no registers."""
 OPERANDS = ("rows1", "rows2", "inner1", "inner2", "out1", "out2")
 """Tensors of one pass: those of rows, those that stream by, and results."""
 
@@ -52,7 +60,7 @@ class BackwardConfig(Config):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> BackwardConfig(128, 96, query_stages=1, key_stages=3).shared_bytes
-        217856
+        218080
         """
         rows, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
         tables = (self.keys + 5) * 16 * -(-self.keys // 128) + self.consumers * ROWS * 24
@@ -96,8 +104,8 @@ class Pass(Plan):
         request, gnas = self.request, tuple(dict.fromkeys(self.request.gnas))
         config = request.config or default_config(request.head_dim, isinstance(self.gna, Transposed))
         tiles = request.tiles or choose(gnas, config.keys, config.groups)
-        facts = {"dilated": max(self.gna.dilation) > 1, "map_sets": map_sets, "text": any(self.text)}
-        return replace(config, float16=request.float16, **facts), tiles
+        dilated, text = max(self.gna.dilation) > 1, any(self.text)
+        return replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=text), tiles
 
     def pass_arguments(
         self, tensors: Sequence[Tensor], statistics: Tensor, counters: Tensor, scale: float, text_valid: Tensor | None
@@ -116,7 +124,7 @@ class Pass(Plan):
         params.counters, params.statistics = counters.data_ptr(), statistics.data_ptr()
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale, params.scale_log2 = scale, (scale if scale else SMALLEST_SCALE) * LOG2_E
-        params.total = forward._small("work items", params.items_per_head * rows.shape[0] * rows.shape[1])
+        params.total = small("work items", params.items_per_head * rows.shape[0] * rows.shape[1])
         params.text_total = params.text_items * rows.shape[0] * rows.shape[1]
         heads = sorted((rows.shape[1], inner.shape[1]))
         params.heads, params.queries_per_key_head = rows.shape[1], heads[1] // heads[0]
@@ -143,7 +151,10 @@ STATISTICS_THREADS, STATISTICS_ROWS = 256, 16
 def statistics_arguments(
     out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, to: Tensor, scale: float
 ) -> driver.Arguments:
-    """Parameters of the kernel of statistics; ``out`` and ``grad`` have columns side by side, ``to`` is ``[B, H, S, 2]``."""
+    """Parameters of the kernel of statistics, which writes ``to``, ``[B, H, S, 2]``.
+
+    Columns of ``out`` and ``grad`` lie side by side.
+    """
     strides = [(ctypes.c_longlong * 3)(*x.stride()[:3]) for x in (out, grad)]
     batch, heads, tokens, head_dim = out.shape
     pointers = (out.data_ptr(), grad.data_ptr(), lse.data_ptr(), grad_lse.data_ptr() if grad_lse is not None else None)
@@ -155,7 +166,9 @@ def statistics_arguments(
 def statistics_kernel(float16: bool) -> driver.Kernel:
     """The kernel of statistics."""
     source = (jit.source_folder() / "hopper" / "statistics.cu").read_text(encoding="utf-8")
-    code = jit.compile(source, arch="sm_90a", defines={"FLOAT16": int(float16)}, name="hopper_statistics.cu", include={})
+    code = jit.compile(
+        source, arch="sm_90a", defines={"FLOAT16": int(float16)}, name="hopper_statistics.cu", include={}
+    )
     return driver.Kernel(code.code, "gna_statistics", 0)
 
 
@@ -187,8 +200,8 @@ def backward(
     if len(set(gnas)) > 1 and key.shape[1] != query.shape[1]:
         # Heads of keys whose queries have different windows: gradients for each head of queries first.
         groups = query.shape[1] // key.shape[1]
-        wide = (x.repeat_interleave(groups, 1) for x in (key, value))
-        dq, *grads = backward(gnas, query, *wide, out, lse, grad_out, grad_lse, scale, text_valid)
+        keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
+        dq, *grads = backward(gnas, query, keys, values, out, lse, grad_out, grad_lse, scale, text_valid)
         dk, dv = (x.unflatten(1, (-1, groups)).sum(2, dtype=torch.float32).to(x.dtype) for x in grads)
         return dq, dk, dv
     index = device.index
@@ -204,7 +217,7 @@ def backward(
     driver.launch(statistics_kernel(float16), grid, (STATISTICS_THREADS, 1, 1), 0, stream, arguments, index)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
     for each, tensors in ((of_queries, (q, grad, k, v, dq, dq)), (of_keys, (k, v, q, grad, dk, dv))):
-        counters = forward._counters(index, stream)
+        counters = launch_counters(each, stream, torch.cuda.is_current_stream_capturing())
         arguments = each.pass_arguments(tensors, statistics, counters, scale, text_valid)
         grid = (min(each.processors, arguments.values[1].total), 1, 1)
         config = each.config
@@ -213,7 +226,7 @@ def backward(
 
 
 def operands(plan: Plan, *tensors: Tensor) -> Sequence[Tensor]:
-    """Query, key, value and gradient as tensor maps can describe them: copies where the tensors themselves cannot be."""
+    """Query, key, value and gradient, or copies of them, such that tensor maps can describe them."""
     exact = tensors[0].shape[-1] == plan.config.head_dim
     likes = [torch.empty_like(x, device="meta") for x in tensors[:2]]
     direct = all(map(can_map, (*tensors, *likes))) and (exact or plan._fills_with_zeros((*tensors, *likes)))

@@ -237,7 +237,7 @@ class Plan:
         params.counters, params.lse = counters.data_ptr(), lse.data_ptr()
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale_log2 = (scale if scale else SMALLEST_SCALE) * LOG2_E
-        params.total = _small("work items", params.items_per_head * q.shape[0] * q.shape[1])
+        params.total = small("work items", params.items_per_head * q.shape[0] * q.shape[1])
         params.text_total = params.text_items * q.shape[0] * q.shape[1]
         params.heads, params.queries_per_key_head = q.shape[1], q.shape[1] // k.shape[1]
         return driver.Arguments(maps, params)
@@ -252,7 +252,7 @@ class Plan:
         groups = [token * n for n in self.token_strides]
         dilation = [dim[3] for dim in padded_dims(self.gna)]
         columns = head_dim + (0 if places else (heads - 1) * head_stride)
-        columns = _small("columns", columns + sum((d - 1) * n for d, n in zip(dilation, groups, strict=True)))
+        columns = small("columns", columns + sum((d - 1) * n for d, n in zip(dilation, groups, strict=True)))
         tiles, chunk = self.tiles, self.config.columns
         box = tiles.kv_tile if is_keys else tiles.box
 
@@ -311,24 +311,24 @@ class Launcher:
         call = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), scale, stream, valid)
         capturing = torch.cuda.is_current_stream_capturing()
         arguments = None if capturing else self._known.get(call)
-        if capturing:
-            # A graph reads the tables for ever, and may be replayed beside others: its launch has its own counters.
-            _captured.add(plan)
-            counters = torch.zeros(2, dtype=torch.int32, device=self.device)
+        if arguments is None:
+            counters = launch_counters(plan, stream, capturing)
             arguments = plan.arguments((q, k, v, out), lse, counters, scale, text_valid)
-        elif arguments is None:
-            arguments = plan.arguments((q, k, v, out), lse, _counters(index, stream), scale, text_valid)
-            with self._lock:
-                if len(self._known) >= REMEMBERED_CALLS:
-                    del self._known[next(iter(self._known))]
-                self._known[call] = arguments
+            if not capturing:
+                self._remember(call, arguments)
         driver.launch(plan.kernel, *self.shape, stream, arguments, index)
         if out is not result:
             result.copy_(out[..., : self.head_dim])
         return result, lse
 
+    def _remember(self, call: tuple[object, ...], arguments: driver.Arguments) -> None:
+        with self._lock:
+            if len(self._known) >= REMEMBERED_CALLS:
+                del self._known[next(iter(self._known))]
+            self._known[call] = arguments
 
-def _small(name: str, number: int) -> int:
+
+def small(name: str, number: int) -> int:
     """A number that fits the 32 bits that the kernel has for it, as larger ones would wrap around.
 
     Raises:
@@ -376,6 +376,16 @@ def plan_for(gnas: tuple[GNA, ...], query: Tensor) -> Plan:
 def request_on(device: int, gnas: tuple[GNA, ...], head_dim: int, float16: bool) -> Request:
     """A request for the kernel of a device."""
     return Request(gnas, head_dim, float16, device, capability=torch.cuda.get_device_capability(device))
+
+
+def launch_counters(plan: Plan, stream: int, capturing: bool) -> Tensor:
+    """The two counters of a launch on a stream, zero."""
+    device = plan.request.device
+    if not capturing:
+        return _counters(device, stream)
+    # A graph reads the tables for ever, and may be replayed beside others: its launch has its own counters.
+    _captured.add(plan)
+    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
 
 
 @functools.cache

@@ -23,10 +23,10 @@ Triple = tuple[int, int, int]
 
 
 class Transposed(GNA):
-    """A neighborhood with queries and keys exchanged: a row of a kernel is a key, and its window the queries that see it.
+    """A neighborhood with queries and keys exchanged: rows of a kernel are keys, with windows of queries that see them.
 
     >>> work_records(Transposed.of(GNA(512, 256)), KernelTiles((1, 1, 64), 2, 2, (1, 1, 64), 64))[:, [2, 5, 8]].tolist()
-    [[0, 0, 4], [128, 0, 6], [256, 129, 6], [384, 257, 4]]
+    [[0, 0, 4], [128, 0, 6], [256, 128, 6], [384, 256, 4]]
     """
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gna_flex import GNA
-from gna_flex.cuda import backward, driver, forward
+from gna_flex.cuda import backward, driver
 from gna_flex.cuda.backward import BackwardConfig, Pass
 from gna_flex.cuda.tables import KernelTiles, Transposed
 from ptx.launch import HostPlan, Recorder, kernel, ptx, storage

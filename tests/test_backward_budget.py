@@ -1,0 +1,92 @@
+"""The Hopper backward kernel as machine code, without a GPU: registers, spills, memory, layouts, instructions."""
+
+import ctypes
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from machine_code import disassembler, kinds, needs_nvrtc, opcodes
+
+from gna_flex.cuda import jit
+from gna_flex.cuda.backward import OPERANDS, BackwardConfig, StatisticsParams, backward_parameters, default_config
+from gna_flex.cuda.config import SHARED_LIMIT
+
+needs_nvrtc()
+
+pytestmark = pytest.mark.usefixtures("kernel_cache")
+
+DEFAULTS = [default_config(head_dim, keys) for head_dim in BackwardConfig.head_dims for keys in (False, True)]
+CONFIGS = [
+    *DEFAULTS,
+    *(replace(config, float16=True) for config in DEFAULTS),
+    *(replace(config, text=True, dilated=True, map_sets=3) for config in DEFAULTS),
+]
+
+
+def spill_budget(config: BackwardConfig) -> int:
+    """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that consumers have none.
+
+    Where rows are keys, producers keep 24 registers, which is too few; they wait for memory most of the time.
+    """
+    return 680 if config.rows_are_keys else 80
+
+
+def name_of(config: BackwardConfig) -> str:
+    parts = [f"d{config.head_dim}", "keys" if config.rows_are_keys else "queries"]
+    return "-".join([*parts, *(["text"] if config.text else []), *(["f16"] if config.float16 else [])])
+
+
+configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+
+
+@functools.cache
+def built(config: BackwardConfig) -> jit.Cubin:
+    """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
+    params = backward_parameters(config.map_sets)
+    facts = {"kSharedBytes": config.shared_bytes, "sizeof(BackwardParams)": ctypes.sizeof(params)}
+    facts["sizeof(BackwardMaps)"] = 128 * len(OPERANDS) * (config.map_sets + 2 * config.text)
+    for field in ("statistics", "rows2", "scale", "items", "o"):
+        facts[f"__INTADDR__(&(((BackwardParams*)0)->{field}))"] = getattr(params, field).offset
+    checks = "\n".join(f'static_assert({fact} == {value}, "Python has {value}");' for fact, value in facts.items())
+    source = f"{config.source()}\n{checks}\n"
+    return jit.compile(source, defines=config.defines(), name="hopper_backward.cu", include=config.include())
+
+
+@configs
+def test_registers_spills_and_speed(config: BackwardConfig) -> None:
+    log = built(config).log
+    (usage,) = jit.resource_usage(log)
+    assert usage.registers == 168, "of which setmaxnreg hands out 504 for three warpgroups"
+    assert usage.shared == 0, "all of it is asked for at the launch"
+    assert config.shared_bytes <= SHARED_LIMIT
+    assert jit.spills(log) <= spill_budget(config)
+    # C7510 and its like: products that wait for each other, or for the registers of the one before.
+    assert jit.performance_warnings(log) == []
+
+
+@pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")
+@configs
+def test_instructions(config: BackwardConfig, tmp_path: Path) -> None:
+    """Products, tensor copies; spills only where producers are, which come before the first product."""
+    lines = opcodes(built(config).code, tmp_path)
+    found = kinds(lines)
+    scores, values = config.head_dim // 16, config.keys // 16
+    assert found["HGMMA"] == 2 * scores + (1 + config.rows_are_keys) * values
+    assert found["UTMALDG"] > 0
+    assert found["UTMASTG"] > 0
+    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    spills = [i for i, line in enumerate(lines) if line.startswith(("STL", "LDL"))]
+    assert not [i for i in spills if products[0] <= i <= products[-1]]
+
+
+def test_statistics() -> None:
+    """The small kernel before both passes: layout of its parameters, no spills."""
+    source = (jit.source_folder() / "hopper" / "statistics.cu").read_text()
+    facts = {"sizeof(Statistics)": ctypes.sizeof(StatisticsParams)}
+    for field, *_ in StatisticsParams._fields_:
+        facts[f"__INTADDR__(&(((Statistics*)0)->{field}))"] = getattr(StatisticsParams, field).offset
+    checks = "\n".join(f'static_assert({fact} == {value}, "Python has {value}");' for fact, value in facts.items())
+    for float16 in (0, 1):
+        code = jit.compile(f"{source}\n{checks}\n", defines={"FLOAT16": float16}, name="statistics.cu", include={})
+        assert jit.spills(code.log) == 0
