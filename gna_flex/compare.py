@@ -97,6 +97,9 @@ def bench_attention(
     tiles = {way.name: way.tiles or tiles_of(way.name, q, mask) for way in all_ if way.run is not None}
     for x in (x for way in all_ for x in way.inputs if backward):
         x.requires_grad_()
+    for way in all_:
+        if backward and way.run is not None and way.name != "dense":
+            check_gradients(way, q, k, v, mask)
     times = in_turns(all_, backward, device, repeats)
     return [
         Timing(way.name, times[way.name], memory_added(way, backward, device), way.note, tiles[way.name])
@@ -302,3 +305,46 @@ def check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GN
         budget = 4 * torch.finfo(q.dtype).eps * v.abs().max().item()
         if not error <= budget:
             raise AssertionError(f"{name}: error {error:.2e} against the reference, budget {budget:.2e}")
+
+
+def check_gradients(way: Contender, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:
+    """Compares gradients of a way with float64, for a gradient of the output that is zero but at some random queries.
+
+    So all gradients of keys and values come from these queries, in the first and the last head. The budget is twice
+    what a plain run loses whose weights, their gradients and results are rounded to the type, and one rounding.
+    """
+    assert way.run is not None
+    picked = torch.randint(q.shape[2], (rows,), device=q.device).unique()
+    natural = way.to_natural(way.run())
+    grad = torch.zeros_like(natural)
+    some = {(0, 0), (q.shape[0] - 1, q.shape[1] - 1)}
+    for one in some:
+        grad[one][picked] = torch.randn(len(picked), q.shape[-1], dtype=q.dtype, device=q.device)
+    found = [way.to_natural(x) for x in torch.autograd.grad(natural, way.inputs, grad)]
+    idx = torch.arange(k.shape[2], device=q.device)
+    for b, h in some:
+        batch, head = torch.tensor(b, device=q.device), torch.tensor(h, device=q.device)
+        keep = mask.mask_mod(batch, head, picked[:, None], idx)
+        parts = q[b, h][picked], k[b, h], v[b, h], grad[b, h][picked]
+        exact, plain = (gradients(*parts, keep, rounded) for rounded in (False, True))
+        results = found[0][b, h][picked], found[1][b, h], found[2][b, h]
+        for name, result, of_exact, of_plain in zip(("query", "key", "value"), results, exact, plain, strict=True):
+            budget = 2 * (of_plain.double() - of_exact).abs().max() + torch.finfo(q.dtype).eps * of_exact.abs().max()
+            error = (result.double() - of_exact).abs().max()
+            if not error <= budget:
+                raise AssertionError(f"{way.name}: gradient of {name}: error {error:.2e}, budget {budget:.2e}")
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, keep: Tensor, rounded: bool) -> tuple[Tensor, ...]:
+    """Gradients of ``[S, D]`` query, key and value: in float64, or in float32 and rounded as a plain run in 16 bits."""
+    dtype, work = q.dtype, torch.float32 if rounded else torch.float64
+
+    def cut(x: Tensor) -> Tensor:
+        return x.to(dtype).to(work) if rounded else x
+
+    q, k, v, grad = (x.to(work) for x in (q, k, v, grad))
+    scale = q.shape[-1] ** -0.5
+    weights = (q @ k.mT * scale).masked_fill(~keep, -torch.inf).softmax(-1)
+    delta = ((weights @ v).to(dtype).to(work) * grad).sum(-1, keepdim=True)
+    of_scores = cut(weights * (grad @ v.mT - delta) * scale)
+    return cut(of_scores @ k), cut(of_scores.mT @ q), cut(cut(weights).mT @ grad)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from gna_flex import GNA, bench, compare, gna_mask, reference_attention
+from gna_flex import GNA, bench, compare, flex_attention, gna_mask, reference_attention
 from gna_flex.bench import Timing, bench_mask, of_ideal, speedups
 from gna_flex.cli import main
 from gna_flex.compare import Contender, bench_attention
@@ -333,3 +333,24 @@ def test_slow_ways_are_timed_once(monkeypatch):
     times = compare.in_turns(ways, backward=False, device="cpu", repeats=5)
     assert calls == ["slow", "slow"]
     assert min(times.values()) > 0
+
+
+@pytest.mark.parametrize("wrong", ["", "mask", "scale", "order"])
+def test_gradients_are_checked_before_they_are_timed(wrong):
+    """The budget of a plain run in 16 bits lets right gradients pass, and no others."""
+    gna = GNA((6, 8), (3, 5))
+    mask, other = gna_mask(gna, device="cpu"), gna_mask(GNA((6, 8), (3, 4)), device="cpu")
+    q, k, v = torch.randn(3, 1, 2, 48, 16).to(torch.bfloat16).unbind()
+    inputs = tuple(x.clone().requires_grad_() for x in ((q, v, k) if wrong == "order" else (q, k, v)))
+
+    def run():
+        asked = other if wrong == "mask" else mask
+        scale = 0.3 if wrong == "scale" else None
+        return flex_attention(*inputs, block_mask=asked, scale=scale)
+
+    way = compare.Contender("ours", run, inputs)
+    if not wrong:
+        compare.check_gradients(way, q, k, v, mask)
+    else:
+        with pytest.raises(AssertionError, match="gradient of"):
+            compare.check_gradients(way, q, k, v, mask)

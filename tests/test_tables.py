@@ -25,6 +25,7 @@ from gna_flex.cuda.tables import (
     START,
     Dim,
     KernelTiles,
+    Transposed,
     class_lengths,
     count,
     key_boxes,
@@ -122,7 +123,8 @@ class Kernel:
 def assert_exact(gna: GNA, tiles: KernelTiles) -> None:
     kernel = Kernel(gna, tiles)
     assert (kernel.queries == 1).all()
-    keep = dense_mask(gna)[:, gna.text_first : gna.text_first + gna.grid_tokens]
+    mask = dense_mask(gna)
+    keep = (mask.T if isinstance(gna, Transposed) else mask)[:, gna.text_first : gna.text_first + gna.grid_tokens]
     np.testing.assert_array_equal(kernel.met, keep, err_msg=f"{gna}, {tiles}")
 
 
@@ -131,6 +133,13 @@ def test_every_pair_is_met_exactly_once(seed):
     rng = random.Random(seed)
     for _ in range(40):
         assert_exact(random_gna(rng, text=TEXT), random_tiles(rng))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_pair_is_met_exactly_once_where_rows_are_keys(seed):
+    rng = random.Random(100 + seed)
+    for _ in range(40):
+        assert_exact(Transposed.of(random_gna(rng, text=TEXT)), random_tiles(rng))
 
 
 @pytest.mark.parametrize("seed", range(3))
