@@ -133,10 +133,10 @@ def test_attention(capsys, monkeypatch):
     pairs = 64**2 / GNA((8, 8), 3).kept_pairs()
     assert numbers["flop_speedup"] == pytest.approx(pairs)
     by_name = {timing["name"]: timing for timing in numbers["timings"]}
-    assert list(by_name) == ["dense", "hopper", "flex-tiles", "flex", "natten"]
+    assert list(by_name) == ["dense", "hopper", "blackwell", "flex-tiles", "flex", "natten"]
     for name in ("dense", "flex-tiles", "flex"):
         assert by_name[name]["milliseconds"] > 0
-    for name in ("hopper", "natten"):
+    for name in ("hopper", "blackwell", "natten"):
         assert by_name[name]["milliseconds"] is by_name[name]["speedup"] is by_name[name]["of_ideal"] is None
         assert by_name[name]["note"].startswith("not run, ")
     assert by_name["dense"]["of_ideal"] is None

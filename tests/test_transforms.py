@@ -19,7 +19,7 @@ ROUTES = ("reference", "hopper")
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
     """Every call takes this route; nothing stands in the way of the kernel."""
-    monkeypatch.setattr(routing, "_kernel_obstacle", lambda facts: "")
+    monkeypatch.setattr(routing, "_kernel_obstacle", lambda name, facts: "")
     routing._choose.cache_clear()
     with backend(request.param):
         yield request.param
