@@ -316,6 +316,51 @@ extern "C" __global__ void copy(const __grid_constant__ Maps maps) {
   asm volatile("cp.async.bulk.commit_group;\\ncp.async.bulk.wait_group 0;" ::: "memory");
 }"""
 
+
+class FakeNvml:
+    """libnvidia-ml: answers, or fails at a step."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.calls = fails, []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == "nvmlSystemGetDriverVersion" and self.fails != name:
+                arguments[0].value = b"580.82.07"
+            return 999 if name == self.fails else 0
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("fails", "file", "version"),
+    [
+        ("", "", "580.82.07"),
+        ("nvmlInit_v2", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.1.2  Release Build\n", "570.1.2"),
+        ("nvmlSystemGetDriverVersion", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\n", "550.54.15"),
+        ("nvmlInit_v2", "nothing known\n", ""),
+        ("no library", "", ""),
+    ],
+    ids=["nvml", "module", "open-module", "neither", "nothing"],
+)
+def test_version_of_the_driver(
+    fails: str, file: str, version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(name: str) -> FakeNvml:
+        if fails == "no library":
+            raise OSError(name)
+        return nvml
+
+    nvml, module = FakeNvml(fails), tmp_path / "version"
+    if file:
+        module.write_text(file)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(driver, "MODULE", module)
+    assert driver.driver_version.__wrapped__() == version
+    assert "nvmlShutdown" in nvml.calls or fails in ("no library", "nvmlInit_v2")
+
+
 SHARED = 100_000  # more than a launch may have without asking
 
 

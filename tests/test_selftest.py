@@ -14,6 +14,7 @@ import torch
 
 from gna_flex import GNA, cli, kernels
 from gna_flex.cli import main
+from gna_flex.cuda.forward import can_map
 from gna_flex.routing import KERNEL_MAX_HEAD_DIM
 from gna_flex.selftest import worker
 from gna_flex.selftest.identity import identity
@@ -230,10 +231,21 @@ def test_problems_use_everything_that_a_kernel_can_do(kernel: str) -> None:
         assert max(getattr(problem, feature) for problem in problems) > 1
     assert any(p.key_heads and p.key_heads < p.heads for p in problems)
     assert any(len(p.gnas) > 1 for p in problems)
-    assert any(p.heads_last for p in problems)
+    assert {p.heads_last for p in problems} == {"", "qkv", "v"}
+    assert any(p.apart for p in problems)
     assert any(p.valid for p in problems)
     assert {p.scale for p in problems} == {None, 0.0, 1.0}
     assert any(p.head_dim not in (32, 64, 96, 128, 192, 256) for p in problems), "padded"
+
+
+def test_operands_lie_as_they_are_meant_to() -> None:
+    by_name = {problem.name: problem.tensors() for problem in PROBLEMS}
+    q, k, v = by_name["values that lie otherwise than keys"]
+    assert k.is_contiguous()
+    assert v.transpose(1, 2).is_contiguous()
+    q, k, v = by_name["keys that have to be copied"]
+    assert [can_map(x) for x in (q, k, v)] == [True, False, True]
+    assert all(x.stride(-1) == 1 for tensors in by_name.values() for x in tensors)
 
 
 SMALL = Problem("small", (GNA((8, 9), (3, 4), text_first=5),), 16, "float16", heads=2, key_heads=1)

@@ -45,8 +45,12 @@ assert choose_route(b200._replace(capability=(12, 0))).name == "flex-tiles"
 # - A model of its barriers has no deadlock and reads no buffer too early, in every order of events, and changes of the
 #   protocol are caught: `tests/test_blackwell_protocol.py`
 # - The host tells it the right boxes and architecture: `tests/test_plan.py`
-# - An interpreter of PTX for kernels of this kind runs the Hopper kernel, which runs on hardware as well: 23 problems
-#   come out right, and mutants of the kernel are caught: `tests/test_ptx_kernel.py`, `tests/test_ptx_mutants.py`
+# - A PTX interpreter runs the kernel on a CPU, with hostile timing: 33 problems with every feature equal float64, and
+#   every reading too early, missing fence or race is an error: `tests/test_ptx_kernel.py`. Kernels with one thing
+#   changed (a bit of a descriptor, a barrier, a fence, a column) must be caught: `tests/test_ptx_blackwell_mutants.py`
+# - The same interpreter gives the outputs that an H100 gave for the Hopper kernel, but for roundings, and the right
+#   results for Blackwell kernels of others that are known to work, of CUTLASS and of Triton:
+#   `tests/test_ptx_recorded.py`, `tests/test_ptx_third_party.py`
 # - The self-test survives processes that crash, hang, lie, or run at the same time: `tests/test_selftest.py`,
 #   `tests/test_verdict.py`
 #

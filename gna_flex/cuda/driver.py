@@ -134,6 +134,10 @@ def driver() -> Driver:
     return found
 
 
+MODULE = Path("/proc/driver/nvidia/version")
+"""Where the kernel module says what it is."""
+
+
 @functools.cache
 def driver_version() -> str:
     """Version of the NVIDIA driver, as ``580.82.07``; empty where nothing tells.
@@ -149,7 +153,7 @@ def driver_version() -> str:
             if status == 0:
                 return text.value.decode(errors="replace")
     with contextlib.suppress(OSError):
-        found = re.search(r"  (\d+\.[\d.]+)  ", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"  (\d+\.[\d.]+)  ", MODULE.read_text())
         return found[1] if found else ""
     return ""
 

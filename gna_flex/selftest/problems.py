@@ -21,7 +21,9 @@ LSE_TOLERANCE = 1e-5
 class Problem:
     """A call. ``gnas`` is one GNA, or one per head; ``valid`` are text tokens that count, of each batch entry.
 
-    ``small`` problems stand for all of them where a call takes seconds to compile.
+    ``heads_last`` and ``apart`` name operands (of q, k, v): heads come after tokens in memory; rows are no multiples of
+    16 bytes apart, so that no tensor map describes them. ``small`` problems stand for all of them where a call takes
+    seconds to compile.
     """
 
     name: str
@@ -31,7 +33,8 @@ class Problem:
     batch: int = 1
     heads: int = 2
     key_heads: int = 0
-    heads_last: bool = False
+    heads_last: str = ""
+    apart: str = ""
     scale: float | None = None
     valid: tuple[tuple[int, int], ...] = ()
     small: bool = False
@@ -54,13 +57,14 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         tokens, dtype = self.gnas[0].tokens, getattr(torch, self.dtype)
 
-        def make(heads: int) -> Tensor:
-            sizes = (tokens, heads) if self.heads_last else (heads, tokens)
-            x = torch.randn(self.batch, *sizes, self.head_dim, generator=generator).to(dtype)
-            return x.transpose(1, 2) if self.heads_last else x
+        def make(name: str) -> Tensor:
+            heads = self.heads if name == "q" else self.key_heads or self.heads
+            sizes = (tokens, heads) if name in self.heads_last else (heads, tokens)
+            x = torch.randn(self.batch, *sizes, self.head_dim + (name in self.apart), generator=generator).to(dtype)
+            x = x.transpose(1, 2) if name in self.heads_last else x
+            return x[..., : self.head_dim]
 
-        key_heads = self.key_heads or self.heads
-        return make(self.heads), make(key_heads), make(key_heads)
+        return make("q"), make("k"), make("v")
 
 
 def _one(name: str, gna: GNA, head_dim: int = 64, dtype: str = "bfloat16", **options: object) -> Problem:
@@ -81,7 +85,9 @@ PROBLEMS = (
     _one("text before and after", TEXT, 64, small=True),
     _one("text before and after, float16", TEXT, 128, "float16"),
     _one("text of which some counts", TEXT, 128, batch=3, valid=((300, 77), (129, 0), (0, 5))),
-    _one("grouped heads that come last", GNA((18, 23), (5, 8)), 128, batch=2, heads=4, key_heads=2, heads_last=True),
+    _one("grouped heads that come last", GNA((18, 23), (5, 8)), 128, batch=2, heads=4, key_heads=2, heads_last="qkv"),
+    _one("values that lie otherwise than keys", GNA((18, 23), (5, 8)), 64, batch=2, heads_last="v"),
+    _one("keys that have to be copied", GNA((18, 23), (5, 8)), 128, "float16", apart="k"),
     Problem("a window per head", (GNA((16, 24), 3), GNA((16, 24), (7, 12)), GNA((16, 24), -1)), 64, heads=3),
     _one("everything sees everything", GNA((37, 41), -1), 128),
     _one("large scores", GNA((28, 37), (9, 12)), 64, scale=1.0),
