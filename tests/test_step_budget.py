@@ -92,8 +92,11 @@ def test_steps_of_cutlass(folder: Path) -> None:
     assert mine.slots(masked=True, rescaled=True) < theirs.slots(masked=True, rescaled=True)
 
 
-def test_clocks_are_those_that_flash_attention_4_publishes() -> None:
-    assert product_clocks(128) == exponential_clocks() == shared_clocks(128) == 1024
+def test_clocks() -> None:
+    """Products and exponentials as FlashAttention-4's authors have them; shared memory at their 128 bytes a clock."""
+    assert product_clocks(128) == exponential_clocks() == 1024
+    assert shared_clocks(128) == 512 + 256 + 256, "scores, weights times values, copies"
+    assert shared_clocks(128, tiles=1) == 1280
 
 
 def test_paths_through_code() -> None:
