@@ -48,8 +48,10 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
                 raise TimeoutError(f"no {done}") from None
             time.sleep(0.2)
         return at
-    make(at)
-    done.touch()
+    try:
+        make(at)
+    finally:
+        done.touch()
     return at
 
 
