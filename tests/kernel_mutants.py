@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from ptx.errors import PtxError, UnsupportedError
 
 Change = tuple[str, str | Callable[[re.Match[str]], str], int]
 """What is looked for, what takes its place, and the step from one occurrence that is tried to the next."""
+ALL = os.getenv("PTX_MUTANTS") == "all"
+"""Whether every occurrence of a change is tried."""
 ENDLESS = 1_000_000
 """Instructions that no problem here takes."""
 WAIT = r"L: (mbarrier\.try_wait\S+ p, \[\S+\], )(%\w+);\n@p bra E;\nbra L;\nE:"
@@ -74,7 +77,7 @@ class Mutation:
         pattern, new, step = self.changes[name]
         found = list(re.finditer(pattern, self.text))
         assert found, f"nothing like {pattern} in the kernel"
-        for match in found[::step]:
+        for match in found[:: 1 if ALL else step]:
             if not self.cannot_matter(name, self.text, match):
                 change = match.expand(new) if isinstance(new, str) else new(match)
                 changed = self.text[: match.start()] + change + self.text[match.end() :]

@@ -1,9 +1,14 @@
-"""One thing at a time is changed in the Blackwell kernel's PTX: the interpreter must notice, by an error or the result."""
+"""One thing at a time is changed in the Blackwell kernel's PTX: an error or a wrong result must give it away.
+
+``PTX_MUTANTS=all python -m pytest -n 2 tests/test_ptx_blackwell_mutants.py`` tries every occurrence of every change.
+:func:`cannot_matter` has the changes that change nothing, with the reason for each.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from machine_code import needs_nvrtc
@@ -18,20 +23,27 @@ from gna_flex.cuda.blackwell import BlackwellConfig  # noqa: E402
 
 CONFIG = BlackwellConfig(64, 32)
 PROBLEM = Problem(GNA((8, 16), (5, 9)), CONFIG, tiles((1, 4, 16), (1, 4, 8), 32), heads=2, key_heads=2)
+SOME_MASKED = PROBLEM._replace(gnas=GNA((8, 24), (8, 17)), tiles=tiles((1, 4, 8), (1, 4, 8), 32))
+UNMASKED = Problem(GNA((8, 16), (8, 16)), CONFIG, tiles((1, 4, 16), (1, 2, 16), 32), heads=2, key_heads=2, scale=2.0)
+UNFILLED = Problem(GNA((9, 9), (5, 4)), CONFIG, tiles((1, 5, 5), (1, 4, 7), 32, split=2))
 RUNS = (
-    (PROBLEM._replace(gnas=GNA((8, 24), (8, 17)), tiles=tiles((1, 4, 8), (1, 4, 8), 32)), 0),
-    (Problem(GNA((8, 16), (8, 16)), CONFIG, tiles((1, 4, 16), (1, 2, 16), 32), heads=2, key_heads=2, scale=2.0), 0),
+    (SOME_MASKED._replace(heads=1, key_heads=1), 0),
+    (UNMASKED, 0),
     (PROBLEM._replace(scale=2.0), 0),
-    (Problem(GNA((9, 9), (5, 4)), CONFIG, tiles((1, 9, 5), (1, 4, 7), 32, split=2)), 0),
+    (UNFILLED, 0),
+    # One key box; values that lie otherwise than keys; a window for each head; windows that all rows of a tile share.
     (Problem(GNA((4, 8), (4, 8)), CONFIG, tiles((1, 2, 8), (1, 4, 8), 32), heads=3, key_heads=3), 0),
     (PROBLEM._replace(values_last=True, batch=2), 0),
+    (PROBLEM._replace(gnas=(GNA((8, 16), (3, 5)), GNA((8, 16), (5, 9)))), 0),
     (Problem(GNA((4, 64), (4, 24), (1, 16)), CONFIG, tiles((1, 2, 16), (1, 4, 8), 32, split=2)), 0),
     (Problem(GNA((64, 4), (24, 4), (16, 1)), CONFIG, tiles((1, 16, 2), (1, 8, 4), 32)), 0),
-    (Problem(GNA((32, 2, 4), (12, 2, 4), (8, 1, 1)), CONFIG, tiles((8, 1, 4), (4, 2, 4), 32, split=0)), 0),
+    (Problem(GNA((30, 2, 4), (12, 2, 4), (8, 1, 1)), CONFIG, tiles((8, 1, 4), (4, 2, 4), 32, split=0)), 0),
+    # Many items, of one block and of two.
     *((PROBLEM._replace(heads=6, key_heads=6, blocks=blocks), seed) for seed, blocks in enumerate((2, 1, 1))),
 )
-"""Tried in turn: some boxes need a mask; none does; all do, with rescaling; rows that are not filled; one key box; values
-that lie otherwise than keys; windows that all rows share, in each dimension; many items."""
+WORK = CONFIG.shared_bytes - 16 - 8 * (16 + 2 * CONFIG.key_stages + 2 * CONFIG.output_stages) - 2 * 128
+KEY_HEAD = WORK + 100
+"""Where shared memory holds the first item, and its key head."""
 
 
 def number(change: Callable[[int], int]) -> Callable[[re.Match[str]], str]:
@@ -53,8 +65,11 @@ def inverted(match: re.Match[str]) -> str:
     return f"{match[1]}{opposite[match[2]]}{match[3]}"
 
 
-INSTRUCTION = r"(mov\.b32\s+%r\d+, )(13[45]\d{6})(;)"
-OPERAND = r"(or\.b64\s+(%rd\d+), %rd\d+, 46117566620\d+;)"
+INSTRUCTION = r"(mov\.b32\s+%r\d+, )(13[456]\d{6})(;)"
+BITS_OF_KEYS = 1 << 62 | 1 << 46 | 64 << 32 | 1 << 16
+OPERAND = r"(or\.b64\s+(%rd\d+), %rd\d+, BITS;)"
+PLAIN = OPERAND.replace("BITS", str(BITS_OF_KEYS))
+TRANSPOSED = OPERAND.replace("BITS", rf"(?!{BITS_OF_KEYS})46\d{{17}}")
 CHANGES: dict[str, Change] = COMMON | {
     "no before fence": (r"tcgen05\.fence::before_thread_sync;", "", 1),
     "no after fence": (r"tcgen05\.fence::after_thread_sync;", "", 1),
@@ -78,8 +93,6 @@ CHANGES: dict[str, Change] = COMMON | {
     "store to other columns": (r"(tcgen05\.st\S+ \[)(%r\d+)(\][^;]*;)", more(16), 1),
     "loaded registers swapped": (r"(tcgen05\.ld\S+ \{%r\d+, )(%r\d+), (%r\d+)", r"\1\3, \2", 1),
     "stored registers swapped": (r"(tcgen05\.st\S+ \[%r\d+\], \{%r\d+, )(%r\d+), (%r\d+)", r"\1\3, \2", 1),
-    **{f"instruction bit {bit}": (INSTRUCTION, instruction_bit(bit), 1) for bit in range(32)},
-    **{f"operand bit {bit}": (OPERAND, operand_bit(bit), 9) for bit in range(64)},
     "halves swapped": (r"(cvt\.rn\.bf16x2\.f32 %\w+, )(%\w+), (%\w+);", r"\1\3, \2;", 11),
     "not scaled": (r"fma\.rn\.ftz\.f32x2 (%rd\d+), (%rd\d+), [^;]*;", r"mov.b64 \1, \2;", 5),
     "output not rescaled": (r"mul\.rn\.ftz\.f32x2 (%rd\d+), (%rd\d+), [^;]*;", r"mov.b64 \1, \2;", 9),
@@ -94,17 +107,71 @@ CHANGES: dict[str, Change] = COMMON | {
     "all instead of any": (r"(vote\.sync\.)any", r"\1all", 1),
     "no shuffle": (r"shfl\.sync[^;]*;", "", 1),
     "comparison inverted": (r"(\tsetp\.)(eq|ne|lt|ge|gt|le)((?:\.\w+)*\.[bsu]32)", inverted, 1),
-    "other constant": (
-        r"(\t(?:add|shl|and|shr|mad\.lo|mul\.lo)\.[bsu]32\s+%r\d+, %r\d+, )(\d+)(;)",
-        number(lambda x: x + 1),
-        1,
-    ),
-    "other parameter": (r"(ld\.param\.\w+\s+[^;]*\[gna_forward_param_1\+)(\d+)(\];)", number(lambda x: x + 4), 1),
-    "other shared memory": (r"(ld\.shared\.b32\s+%r\d+, \[%r\d+\+)(\d+)(\];)", number(lambda x: x + 4), 1),
+    "other constant": (r"(\t(?:add|shl|and|shr)\.[bsu]32\s+%r\d+, %r\d+, )(\d+)(;)", number(lambda x: x + 1), 5),
+    "number of the host larger": (r"(ld\.param\.b32\s+(%r\d+), [^;]*;)", r"\1\nadd.s32 \2, \2, 1;", 1),
+    "number in shared memory larger": (r"(ld\.shared\.b32\s+(%r\d+), [^;]*;)", r"\1\nadd.s32 \2, \2, 1;", 1),
 }
-MUTATION = Mutation(RUNS, CHANGES)
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_mutants_are_caught(name: str) -> None:
-    assert MUTATION.survivors(name) == []
+def cannot_matter(name: str, text: str, match: re.Match[str]) -> bool:
+    """Whether a change is one of those that change nothing."""
+    before, after = text[: match.start()], text[match.end() :]
+    calls = re.findall(r"tcgen05\.[\w:]+", before)
+    if name == "no store wait":  # the last one: memory is read, and the end of the kernel waits for its writes
+        return ".read" not in match[0]
+    if name == "no before fence":  # the warp has done nothing with tensor memory since its last one, or at all
+        return calls[-1] in ("tcgen05.fence::before_thread_sync", "tcgen05.relinquish_alloc_permit")
+    if name == "no after fence":  # the first one: who allocates also multiplies, and commits tell of the allocation
+        return "tcgen05.fence::after_thread_sync" not in calls
+    if name == "comparison inverted":
+        operands = f"{match[3]} {after.split(';')[0]}"
+        full = operands.startswith(".u32") and match[2] == "ge"
+        always_mask = full or operands.endswith(f", {CONFIG.keys}")
+        swap_roles = operands.endswith(", 14")  # one of which loads keys and the other one items, a thread each
+        no_such_loop = re.search(r", \d{4}$", operands)  # zeros for slots larger than these; see SLOTS
+        return bool(always_mask or swap_roles or no_such_loop)
+    if name == "no store to shared memory":  # the key head, which only text needs
+        return f"+{KEY_HEAD}]" in match[0]
+    if "larger" in name:
+        in_float = re.search(rf"\.f32 [^;]*{match[2]}\b", after)  # its last bit
+        of_no_row = re.search(
+            rf"^.*\n(?:.*\n){{,9}}\s+add\.s32\s+(%r\d+), {match[2]}, -1;\n\s+min\.s32\s[^;]*\1;", after
+        )
+        return bool(in_float or of_no_row)  # or the window of a row that does not exist
+    return False
+
+
+# Rows of an operand that is not transposed are in one piece: the distance to the next one means nothing.
+WITHOUT_LEADING = [bit for bit in range(64) if not 16 <= bit < 30]
+BITS: dict[str, Change] = {
+    **{f"instruction bit {bit}": (INSTRUCTION, instruction_bit(bit), 3) for bit in range(32)},
+    **{f"operand bit {bit}": (PLAIN, operand_bit(bit), 17) for bit in WITHOUT_LEADING},
+    **{f"transposed operand bit {bit}": (TRANSPOSED, operand_bit(bit), 2) for bit in range(64)},
+}
+ZEROS: dict[str, Change] = {"no zeros": (r"\tst\.shared\.v4\.b32\s+\[%r\d+\], \{0, 0, 0, 0\};", "", 1)}
+MUTATIONS = {
+    "main": Mutation(RUNS, CHANGES, cannot_matter),
+    # All columns of tensor memory are in use, and operands have two chunks.
+    "descriptors": Mutation([(UNMASKED._replace(config=replace(CONFIG, head_dim=128), heads=1, key_heads=1), 0)], BITS),
+    # So many slots that loops are entered which the compiler has unrolled.
+    "slots": Mutation([(UNFILLED._replace(config=replace(CONFIG, key_stages=10), heads=2, key_heads=2), 0)], ZEROS),
+}
+QUICK = ("no wait for loads", "no after fence", "no commit", "no proxy fence", "accumulate", "instruction bit 17")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", MUTATIONS)
+def test_nothing_is_caught_where_nothing_is_wrong(which: str) -> None:
+    assert MUTATIONS[which].caught(MUTATIONS[which].text) == ""
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        pytest.param(which, name, marks=() if name in QUICK else pytest.mark.slow)
+        for which, mutation in MUTATIONS.items()
+        for name in mutation.changes
+    ],
+)
+def test_mutants_are_caught(which: str, name: str) -> None:
+    assert MUTATIONS[which].survivors(name) == []
