@@ -22,6 +22,7 @@ from gna_flex.cuda.forward import (
     LOG2_E,
     SMALLEST_SCALE,
     Address,
+    KnownCalls,
     Plan,
     Request,
     can_map,
@@ -97,6 +98,10 @@ class Pass(Plan):
 
     config: BackwardConfig
 
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self._known = KnownCalls()
+
     def _parameters(self, map_sets: int) -> type[Any]:
         return backward_parameters(map_sets)
 
@@ -106,6 +111,23 @@ class Pass(Plan):
         tiles = request.tiles or choose(gnas, config.keys, config.groups)
         dilated, text = max(self.gna.dilation) > 1, any(self.text)
         return replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=text), tiles
+
+    def launch(self, tensors: Sequence[Tensor], statistics: Tensor, scale: float, text_valid: Tensor | None) -> None:
+        """Launches the pass on the current stream; see :meth:`pass_arguments`."""
+        index = self.request.device
+        stream, capturing = current_stream(index), torch.cuda.is_current_stream_capturing()
+        valid = 0 if text_valid is None else text_valid.data_ptr()
+        layouts = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+        call = (*layouts, statistics.data_ptr(), scale, stream, valid)
+        arguments = None if capturing else self._known.get(call)
+        if arguments is None:
+            counters = launch_counters(self, stream, capturing)
+            arguments = self.pass_arguments(tensors, statistics, counters, scale, text_valid)
+            if not capturing:
+                self._known.keep(call, arguments)
+        grid = (min(self.processors, arguments.values[1].total), 1, 1)
+        block, shared = (self.config.threads, 1, 1), self.config.shared_bytes
+        driver.launch(self.kernel, grid, block, shared, stream, arguments, index)
 
     def pass_arguments(
         self, tensors: Sequence[Tensor], statistics: Tensor, counters: Tensor, scale: float, text_valid: Tensor | None
@@ -216,12 +238,8 @@ def backward(
     arguments = statistics_arguments(out, rows, lse, grad_lse, statistics, scale)
     driver.launch(statistics_kernel(float16), grid, (STATISTICS_THREADS, 1, 1), 0, stream, arguments, index)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-    for each, tensors in ((of_queries, (q, grad, k, v, dq, dq)), (of_keys, (k, v, q, grad, dk, dv))):
-        counters = launch_counters(each, stream, torch.cuda.is_current_stream_capturing())
-        arguments = each.pass_arguments(tensors, statistics, counters, scale, text_valid)
-        grid = (min(each.processors, arguments.values[1].total), 1, 1)
-        config = each.config
-        driver.launch(each.kernel, grid, (config.threads, 1, 1), config.shared_bytes, stream, arguments, index)
+    of_queries.launch((q, grad, k, v, dq, dq), statistics, scale, text_valid)
+    of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid)
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 
 

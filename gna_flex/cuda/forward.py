@@ -292,8 +292,7 @@ class Launcher:
         self.rows, self.device = (batch, heads, tokens), query.device
         grid = min(plan.processors, plan.params.items_per_head * batch * heads)
         self.shape = ((grid, 1, 1), (plan.config.threads, 1, 1), plan.config.shared_bytes)
-        self._known: dict[tuple[object, ...], driver.Arguments] = {}
-        self._lock = threading.Lock()
+        self._known = KnownCalls()
 
     def __call__(
         self, query: Tensor, k: Tensor, v: Tensor, scale: float, text_valid: Tensor | None = None
@@ -315,13 +314,23 @@ class Launcher:
             counters = launch_counters(plan, stream, capturing)
             arguments = plan.arguments((q, k, v, out), lse, counters, scale, text_valid)
             if not capturing:
-                self._remember(call, arguments)
+                self._known.keep(call, arguments)
         driver.launch(plan.kernel, *self.shape, stream, arguments, index)
         if out is not result:
             result.copy_(out[..., : self.head_dim])
         return result, lse
 
-    def _remember(self, call: tuple[object, ...], arguments: driver.Arguments) -> None:
+
+class KnownCalls:
+    """Arguments of recent launches, by all that they were made of; the oldest ones are forgotten."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], driver.Arguments] = {}
+        self._lock = threading.Lock()
+        self.get = self._known.get
+
+    def keep(self, call: tuple[object, ...], arguments: driver.Arguments) -> None:
+        """Remembers the arguments of a call."""
         with self._lock:
             if len(self._known) >= REMEMBERED_CALLS:
                 del self._known[next(iter(self._known))]

@@ -252,6 +252,6 @@ def test_training_on_images_of_digits_follows_the_reference() -> None:
     images = torch.tensor(digits.data / 16 - 0.5, dtype=torch.float32, device="cuda")
     labels = torch.tensor(digits.target, device="cuda")
     ours, reference = (losses(route, images, labels) for route in ("hopper", "reference"))
-    assert reference[-20:].mean() < 0.4 < 2 < reference[0]
+    assert reference[-20:].mean() < 0.7 < 2 < reference[0]
     assert (ours[:10] - reference[:10]).abs().max() < 0.02
     assert (ours[-20:].mean() - reference[-20:].mean()).abs() < 0.05
