@@ -14,7 +14,7 @@ import pytest
 from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcodes
 
 from gna_flex.cuda import jit
-from gna_flex.cuda.blackwell import ARCHITECTURES, FAMILY, HEAD_DIMS, BlackwellConfig
+from gna_flex.cuda.blackwell import ARCHITECTURES, FAMILY, HEAD_DIMS, POLYNOMIAL_ERROR, BlackwellConfig
 from gna_flex.cuda.config import SHARED_LIMIT
 
 needs_nvrtc()
@@ -177,7 +177,7 @@ def test_exponentials_by_polynomial():
     bits = (shifted.view(np.int32) << 23) + value.astype(np.float32).view(np.int32)
     exact = np.exp2(x.astype(np.float64))
     error = np.abs(bits.view(np.float32) - exact) / exact
-    assert error.max() < 1e-4
+    assert error.max() < POLYNOMIAL_ERROR
     assert len(cubic) == 4
 
 

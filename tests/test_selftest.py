@@ -251,6 +251,16 @@ def test_operands_lie_as_they_are_meant_to() -> None:
 SMALL = Problem("small", (GNA((8, 9), (3, 4), text_first=5),), 16, "float16", heads=2, key_heads=1)
 
 
+def test_log_sum_exps_may_be_as_wrong_as_exponentials() -> None:
+    plain, by_polynomial = expected(SMALL), expected(SMALL, exponential_error=1e-4)
+    assert torch.allclose(by_polynomial.lse_budget - plain.lse_budget, torch.full_like(plain.lse, 1e-4), rtol=1e-6)
+    off = plain.lse.float() + 9e-5
+    assert not compare(plain.out.half(), off, plain).passed
+    assert compare(plain.out.half(), off, by_polynomial).passed
+    assert worker.wanted_of("blackwell", SMALL).lse_budget.equal(by_polynomial.lse_budget)
+    assert worker.wanted_of("hopper", SMALL).lse_budget.equal(plain.lse_budget)
+
+
 @pytest.mark.parametrize("rounds_queries", [False, True])
 def test_what_is_right_passes_and_what_is_nearly_right_does_not(rounds_queries: bool) -> None:
     wanted = expected(SMALL, rounds_queries)

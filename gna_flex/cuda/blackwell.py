@@ -22,6 +22,9 @@ POLYNOMIAL = {(10, 0): 2}
 """Of 8 pairs of exponentials in the middle columns, those without the unit for them: an eighth of all where that unit
 is the slowest part, on B200; B300 has twice as many."""
 
+POLYNOMIAL_ERROR = 1e-4
+"""Largest relative error of an exponential by polynomial: far below a rounding to 16 bits, but log-sum-exps show it."""
+
 
 @dataclass(frozen=True)
 class BlackwellConfig(KernelConfig):

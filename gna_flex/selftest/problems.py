@@ -114,12 +114,13 @@ class Expected(NamedTuple):
     lse_budget: Tensor
 
 
-def expected(problem: Problem, rounds_queries: bool = False) -> Expected:
+def expected(problem: Problem, rounds_queries: bool = False, exponential_error: float = 0.0) -> Expected:
     """What a problem should give, computed on the CPU.
 
     The budget of a row is three times what attention loses there that has weights and output in 16 bits and all else in
     float32 (of queries that are scaled and then rounded as well, if ``rounds_queries``), and two roundings of the row's
-    largest value: where few keys count, weights and output may happen to lose nothing.
+    largest value: where few keys count, weights and output may happen to lose nothing. Log-sum-exps are off by roundings
+    of float32, and by the relative error of exponentials.
     """
     tensors, mask = problem.tensors(), problem.mask("cpu")
     q, k, v = (x.double() for x in tensors)
@@ -127,7 +128,7 @@ def expected(problem: Problem, rounds_queries: bool = False) -> Expected:
     low, low_lse = _in_low_precision(problem, tensors, mask, rounds_queries)
     rounding = torch.finfo(low.dtype).eps * exact.abs().amax(-1, keepdim=True)
     budget = 3 * (low.double() - exact).abs().amax(-1, keepdim=True) + 2 * rounding
-    lse_budget = LSE_TOLERANCE * (1 + exact_lse.abs())
+    lse_budget = LSE_TOLERANCE * (1 + exact_lse.abs()) + exponential_error
     if rounds_queries:  # at random, so that rows of one run say little of those of another
         budget = budget.amax().expand_as(budget)
         lse_budget = lse_budget + 3 * (low_lse - exact_lse).abs().amax()

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from gna_flex import kernels
 from gna_flex.attention import flex_attention
+from gna_flex.cuda.blackwell import POLYNOMIAL_ERROR
 from gna_flex.cuda.forward import Plan, plan, request_on
 from gna_flex.mask import gna_mask
 from gna_flex.neighborhood import GNA
 from gna_flex.routing import KERNEL_MAX_HEAD_DIM, backend
 from gna_flex.selftest.identity import identity
-from gna_flex.selftest.problems import PROBLEMS, Problem, compare, expected
+from gna_flex.selftest.problems import PROBLEMS, Expected, Problem, compare, expected
 from gna_flex.selftest.supervisor import MARK
 
 POLLS = 1 << 18
@@ -108,7 +109,7 @@ def check(route: str, problem: Problem, variant: str, device: torch.device) -> N
     say("start", variant=variant, problem=problem.name)
     begin = time.perf_counter()
     try:
-        wanted = _expected(problem, route.startswith("flex"))
+        wanted = wanted_of(route, problem)
         call = call_of(route, problem, variant, device)
         results = [poisoned(problem, call, device) for _ in range(REPEATS)]
         found = compare(*results[0], wanted)
@@ -127,8 +128,9 @@ def check(route: str, problem: Problem, variant: str, device: torch.device) -> N
 
 
 @functools.cache
-def _expected(problem: Problem, rounds_queries: bool) -> Any:
-    return expected(problem, rounds_queries)
+def wanted_of(route: str, problem: Problem) -> Expected:
+    """What a problem should give, as exactly as a route can be."""
+    return expected(problem, route.startswith("flex"), POLYNOMIAL_ERROR if route == "blackwell" else 0.0)
 
 
 def poisoned(problem: Problem, call: Call, device: torch.device) -> Result:
