@@ -119,8 +119,8 @@ def expected(problem: Problem, rounds_queries: bool = False, exponential_error: 
 
     The budget of a row is three times what attention loses there that has weights and output in 16 bits and all else in
     float32 (of queries that are scaled and then rounded as well, if ``rounds_queries``), and two roundings of the row's
-    largest value: where few keys count, weights and output may happen to lose nothing. Log-sum-exps are off by roundings
-    of float32, and by the relative error of exponentials.
+    largest value: where few keys count, weights and output may happen to lose nothing. Log-sum-exps may be off by
+    roundings of float32, and by the relative error of exponentials.
     """
     tensors, mask = problem.tensors(), problem.mask("cpu")
     q, k, v = (x.double() for x in tensors)
