@@ -88,12 +88,16 @@ class Mutation:
         """The error that gives a mutant away, or nothing."""
         for problem, seed in self.runs:
             try:
-                check(problem, seed, change=lambda _: mutant, most=ENDLESS)
+                self.run(problem, seed, mutant)
             except (PtxError, AssertionError) as error:
                 if type(error) is UnsupportedError:
                     raise  # a mutant that is no PTX
                 return type(error).__name__
         return ""
+
+    def run(self, problem: Problem, seed: int, mutant: str) -> None:
+        """Runs a mutant on a problem and compares its results."""
+        check(problem, seed, change=lambda _: mutant, most=ENDLESS)
 
     def survivors(self, name: str) -> list[int]:
         """Lines that may change without anybody noticing."""

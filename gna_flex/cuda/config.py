@@ -1,4 +1,4 @@
-"""What the host code has to know of a forward kernel, whichever it is."""
+"""What the host code has to know of a kernel, whichever it is."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,8 +34,11 @@ def run(
     scale: float,
     text_valid: Tensor | None = None,
     change: Callable[[str], str] | None = None,
+    **rules: Any,
 ) -> tuple[Tensor, Tensor, Machine]:
     """Both results of one pass, given ``rows1, rows2, inner1, inner2``; those of queries are the same tensor.
+
+    ``change`` edits the PTX before; ``rules`` are options of the machine.
 
     Raises:
         PtxError: a fault of the kernel.
@@ -49,7 +53,7 @@ def run(
     with mock.patch.object(driver, "driver", return_value=recorder):
         call = plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid)
     maps, params = call.values
-    machine = Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed)
+    machine = Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules)
     arrays = dict(zip(backward.OPERANDS, (*tensors, first), strict=False)) | {"statistics": statistics}
     arrays |= {"out2": second} if config.rows_are_keys else {}
     arrays |= {"counters": counters, "items": plan.items, "windows": plan.windows}

@@ -1,0 +1,77 @@
+"""Problems of the forward for the backward kernel in the PTX interpreter, and their check."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+from helpers import assert_within_budget
+from kernel_problems import HOPPER, TWO, Problem
+from ptx import backward
+from torch import Tensor
+
+from gna_flex import GNA
+from gna_flex.cuda.backward import BackwardConfig
+from gna_flex.cuda.kernel import Config
+
+PROBLEMS = {name: problem for name, problem in HOPPER.items() if name != "three warpgroups"}
+PROBLEMS["text, grouped heads, some of it valid"] = Problem(
+    GNA((5, 6), (3, 4), (1, 2), text_first=9, text_last=70), Config(32, 32), TWO, 2, 4, 2, valid=((9, 66), (3, 0))
+)
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, keep: Tensor, scale: float, low: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, log-sum-exp and delta, in float64; delta comes from an output of 16 bits.
+
+    Or with weights, their gradients and results rounded to ``low``, as a plain run of that type has them.
+    """
+    groups, dtype = q.shape[1] // k.shape[1], q.dtype
+
+    def rounded(x: Tensor) -> Tensor:
+        return x if low is None else x.to(low).double()
+
+    wide = [x.double().repeat_interleave(groups, 1) for x in (k, v)]
+    scores = (q.double() @ wide[0].mT * scale).masked_fill(~keep, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    out = (weights @ wide[1]).to(dtype).double()
+    delta = (out * grad.double()).sum(-1)
+    of_scores = rounded(weights * (grad.double() @ wide[1].mT - delta[..., None]) * scale)
+    dk, dv = of_scores.mT @ q.double(), rounded(weights).mT @ grad.double()
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
+    return *(rounded(x) for x in (of_scores @ wide[0], dk, dv)), lse, delta
+
+
+def pass_config(config: Config, rows_are_keys: bool) -> BackwardConfig:
+    """The configuration of a pass with the sizes of one of the forward."""
+    sizes = {field.name: getattr(config, field.name) for field in fields(config)}
+    return BackwardConfig(**sizes, rows_are_keys=rows_are_keys)
+
+
+def check_pass(problem: Problem, rows_are_keys: bool, seed: int, **options: Any) -> None:
+    """Runs one pass of a problem and compares its gradients with float64."""
+    q, k, v = problem.tensors()
+    grad, keep = torch.randn_like(q), problem.keep()
+    scale = q.shape[-1] ** -0.5 if problem.scale is None else problem.scale
+    *exact, lse, delta = gradients(q, k, v, grad, keep, scale)
+    low = gradients(q, k, v, grad, keep, scale, q.dtype)
+    results = backward.run(
+        (problem.gnas,) if isinstance(problem.gnas, GNA) else problem.gnas,
+        (k, v, q, grad) if rows_are_keys else (q, grad, k, v),
+        torch.stack([lse * math.log2(math.e), delta * scale], -1).float(),
+        pass_config(problem.config, rows_are_keys),
+        problem.tiles,
+        seed,
+        blocks=problem.blocks,
+        scale=scale,
+        text_valid=torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None,
+        **options,
+    )[: 1 + rows_are_keys]
+    for i, result in enumerate(results, rows_are_keys):
+        name = ("query", "key", "value")[i]
+        assert result.isfinite().all(), name
+        assert_within_budget(name, result, exact[i], low[i], factor=2.0)

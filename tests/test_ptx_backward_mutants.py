@@ -1,0 +1,74 @@
+"""One thing at a time is changed in the backward kernel's PTX: the interpreter must notice, by an error or the result.
+
+The kinds of change are those of the forward kernel, by default some of them, and all with ``PTX_MUTANTS=all``. One more
+cannot matter than there: where rows are keys, weights times gradients of outputs need not be done when gradients of
+scores become operands. That wait is for the compiler, which is short of registers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+from machine_code import needs_nvrtc
+
+needs_nvrtc()
+
+from backward_problems import check_pass, pass_config  # noqa: E402
+from kernel_mutants import ALL, ENDLESS, Mutation  # noqa: E402
+from kernel_problems import TWO, Problem  # noqa: E402
+from ptx.backward import HostPass  # noqa: E402
+from ptx.launch import ptx  # noqa: E402
+from test_ptx_mutants import CHANGES, QUICK, cannot_matter  # noqa: E402
+
+from gna_flex import GNA  # noqa: E402
+from gna_flex.cuda.kernel import Config  # noqa: E402
+from gna_flex.cuda.tables import KernelTiles  # noqa: E402
+
+CONFIG = Config(64, 32, query_stages=1)
+PROBLEM = Problem(GNA((8, 16), (5, 9)), CONFIG, TWO, heads=2, key_heads=2)
+RUNS = (
+    (PROBLEM, 0),
+    (Problem(GNA((8, 16), (8, 16)), CONFIG, TWO, heads=2, key_heads=1), 0),
+    (Problem(GNA((9, 9), (5, 4)), CONFIG, KernelTiles((1, 5, 7), 2, 2, (1, 4, 7), 32)), 0),
+    *((PROBLEM._replace(heads=6, key_heads=6), seed) for seed in range(3)),
+)
+"""With masks, without any and with grouped heads, with empty rows, with many items."""
+
+
+@dataclass
+class PassMutation(Mutation):
+    """Mutants of one pass."""
+
+    rows_are_keys: bool = False
+
+    @cached_property
+    def text(self) -> str:
+        problem, _ = self.runs[0]
+        config = pass_config(problem.config, self.rows_are_keys)
+        return ptx(HostPass((problem.gna,), config, problem.tiles, config.head_dim, False).config)
+
+    def run(self, problem: Problem, seed: int, mutant: str) -> None:
+        check_pass(problem, self.rows_are_keys, seed, change=lambda _: mutant, most=ENDLESS)
+
+
+def wait_for_the_compiler(name: str, text: str, match: re.Match[str]) -> bool:
+    """What cannot matter in the forward either, and the change in the text of this file."""
+    in_loop = "wgmma.wait_group" in text[match.end() :]
+    return cannot_matter(name, text, match) or (name == "one group too many" and in_loop)
+
+
+NAMES = [name for name in CHANGES if name != "no shuffle"]  # it has none
+PASSES = {
+    False: PassMutation(RUNS, CHANGES, cannot_matter, rows_are_keys=False),
+    True: PassMutation(RUNS, CHANGES, wait_for_the_compiler, rows_are_keys=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_are_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("name", NAMES if ALL else QUICK)
+def test_mutants_are_caught(name: str, rows_are_keys: bool) -> None:
+    assert PASSES[rows_are_keys].survivors(name) == []
