@@ -206,6 +206,15 @@ def test_the_process_has_this_package_and_no_forced_route(monkeypatch: pytest.Mo
     assert json.loads(run.stdout) == [str(Path(cli.__file__).parents[1] / "__init__.py"), None, "trust", "0"]
 
 
+def test_the_process_finds_relative_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("here", "", "/there")))
+    monkeypatch.setenv("GNA_FLEX_CACHE_DIR", "cache")
+    found = environment()
+    assert found["PYTHONPATH"].split(os.pathsep)[1:] == [str(tmp_path / "here"), "/there"]
+    assert found["GNA_FLEX_CACHE_DIR"] == str(tmp_path / "cache")
+
+
 # The problems
 
 

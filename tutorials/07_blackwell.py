@@ -29,7 +29,7 @@ assert choose_route(b200).name == "blackwell"
 assert choose_route(b200._replace(capability=(12, 0))).name == "flex-tiles"
 
 # %% [markdown]
-# The backward is FlexAttention's, from the kernel's output and log-sum-exp, as on Hopper.
+# The backward is FlexAttention's, from the kernel's output and log-sum-exp.
 #
 # ## What has been checked without the hardware
 #

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from gna_flex.cuda.cache import cache_folder
 from gna_flex.selftest.identity import Identity
 
 MARK = "gna-flex-selftest "
@@ -137,10 +138,14 @@ def command(route: str, device: str, timing: bool = False) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """That of the process: this package, no forced route, no tuning, and no self-test within the self-test."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    ours = {"PYTHONPATH": paths, "GNA_FLEX_SELFTEST": "trust", "GNA_FLEX_AUTOTUNE": "0", "GNA_FLEX_BACKEND": ""}
+    """That of the process: this package, no forced route, no tuning, and no self-test within the self-test.
+
+    Paths are absolute, because it runs in another folder.
+    """
+    paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    ours = {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path)}
+    ours |= {"GNA_FLEX_CACHE_DIR": str(cache_folder())}
+    ours |= {"GNA_FLEX_SELFTEST": "trust", "GNA_FLEX_AUTOTUNE": "0", "GNA_FLEX_BACKEND": ""}
     return os.environ | ours
 
 
