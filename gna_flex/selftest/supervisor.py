@@ -193,16 +193,16 @@ def _listen(
     assert process.stdout is not None
     reader = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True)
     reader.start()
-    heard = time.monotonic()
+    heard, done = time.monotonic(), False
     while True:
         now = time.monotonic()
         if now > deadline:
             return "it took too long"
         if now > heard + stall:
             return f"nothing happened for {stall:.0f} s"
-        if process.poll() is not None:
+        if not done and process.poll() is not None:
+            done = True
             reader.join(2.0)  # not for ever: what the process started may still hold its output open
-        done = process.returncode is not None
         try:
             line = lines.get(timeout=0.0 if done else 0.1)
         except queue.Empty:
