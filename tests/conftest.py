@@ -16,6 +16,9 @@ from gna_flex import flex
 from gna_flex.dynamo import report, rewrite
 from gna_flex.routing import Route
 
+collect_ignore = ["data"]
+"""Recorded data, and programs of others that need packages which are not always there."""
+
 settings.register_profile("gna_flex", deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("gna_flex")
 
