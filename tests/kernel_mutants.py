@@ -59,11 +59,13 @@ class Mutation:
     """A kernel, the changes of its PTX, and the problems and seeds that are tried in turn until one shows a change.
 
     ``cannot_matter`` says which occurrences of a change are left out, by the change's name, the text and the match.
+    Steps are ``thin`` times as long as the changes say, and begin somewhere in the first one.
     """
 
     runs: Sequence[tuple[Problem, int]]
     changes: Mapping[str, Change]
     cannot_matter: Callable[[str, str, re.Match[str]], bool] = lambda *_: False
+    thin: int = 1
 
     @cached_property
     def text(self) -> str:
@@ -76,13 +78,14 @@ class Mutation:
         """Lines and texts of the mutants of a kind."""
         pattern, new, step = self.changes[name]
         found = list(re.finditer(pattern, self.text))
+        found = [match for match in found if not self.cannot_matter(name, self.text, match)]
         assert found, f"nothing like {pattern} in the kernel"
-        for match in found[:: 1 if ALL else step]:
-            if not self.cannot_matter(name, self.text, match):
-                change = match.expand(new) if isinstance(new, str) else new(match)
-                changed = self.text[: match.start()] + change + self.text[match.end() :]
-                assert changed != self.text
-                yield self.text.count("\n", 0, match.start()) + 1, changed
+        stride = 1 if ALL else step * self.thin
+        for match in found[len(name) % min(stride, len(found)) :: stride]:
+            change = match.expand(new) if isinstance(new, str) else new(match)
+            changed = self.text[: match.start()] + change + self.text[match.end() :]
+            assert changed != self.text
+            yield self.text.count("\n", 0, match.start()) + 1, changed
 
     def caught(self, mutant: str) -> str:
         """The error that gives a mutant away, or nothing."""

@@ -42,8 +42,8 @@ RUNS = (
     *((PROBLEM._replace(heads=6, key_heads=6, blocks=blocks), seed) for seed, blocks in enumerate((2, 1, 1))),
 )
 WORK = CONFIG.shared_bytes - 16 - 8 * (16 + 2 * CONFIG.key_stages + 2 * CONFIG.output_stages) - 2 * 128
-KEY_HEAD = WORK + 100
-"""Where shared memory holds the first item, and its key head."""
+MASKED, KEY_HEAD = WORK + 28, WORK + 100
+"""Where shared memory holds the first item: whether it has masks, and its key head."""
 
 
 def number(change: Callable[[int], int]) -> Callable[[re.Match[str]], str]:
@@ -133,11 +133,10 @@ def cannot_matter(name: str, text: str, match: re.Match[str]) -> bool:
     if name == "no store to shared memory":  # the key head, which only text needs
         return f"+{KEY_HEAD}]" in match[0]
     if "larger" in name:
-        in_float = re.search(rf"\.f32 [^;]*{match[2]}\b", after)  # its last bit
-        of_no_row = re.search(
-            rf"^.*\n(?:.*\n){{,9}}\s+add\.s32\s+(%r\d+), {match[2]}, -1;\n\s+min\.s32\s[^;]*\1;", after
-        )
-        return bool(in_float or of_no_row)  # or the window of a row that does not exist
+        float_ = re.search(rf"\.f32 [^;]*{match[2]}\b", after)  # its last bit
+        # The window of a row that does not exist.
+        row = re.search(rf"^.*\n(?:.*\n){{,9}}\s+add\.s32\s+(%r\d+), {match[2]}, -1;\n\s+min\.s32\s[^;]*\1;", after)
+        return bool(float_ or row) or f"+{MASKED}]" in match[0]  # a mask where none is needed
     return False
 
 
@@ -148,11 +147,25 @@ BITS: dict[str, Change] = {
     **{f"operand bit {bit}": (PLAIN, operand_bit(bit), 17) for bit in WITHOUT_LEADING},
     **{f"transposed operand bit {bit}": (TRANSPOSED, operand_bit(bit), 2) for bit in range(64)},
 }
+POLYNOMIAL_PROBLEM = UNMASKED._replace(
+    config=replace(CONFIG, keys=96, polynomial=8),
+    tiles=tiles((1, 4, 16), (1, 6, 16), 96),
+    heads=1,
+    key_heads=1,
+    scale=None,
+)
+POLYNOMIAL: dict[str, Change] = {
+    "rounded to nearest": (r"add\.rm\.ftz", "add.rn.ftz", 7),
+    "other exponent": (r"(shl\.b32\s+%r\d+, %r\d+, )23;", r"\g<1>22;", 9),
+    "lower degree": (r"fma\.rn\.ftz\.f32x2 (%rd\d+), (%rd\d+), [^;]*;", r"mov.b64 \1, \2;", 19),
+    "other pair": (r"(add\.rn\.ftz\.f32x2 %rd\d+, )(%rd\d+), (%rd\d+);", r"\1\2, \2;", 19),
+}
 ZEROS: dict[str, Change] = {"no zeros": (r"\tst\.shared\.v4\.b32\s+\[%r\d+\], \{0, 0, 0, 0\};", "", 1)}
 MUTATIONS = {
-    "main": Mutation(RUNS, CHANGES, cannot_matter),
+    "main": Mutation(RUNS, CHANGES, cannot_matter, thin=4),
     # All columns of tensor memory are in use, and operands have two chunks.
     "descriptors": Mutation([(UNMASKED._replace(config=replace(CONFIG, head_dim=128), heads=1, key_heads=1), 0)], BITS),
+    "polynomial": Mutation([(POLYNOMIAL_PROBLEM, 0)], POLYNOMIAL),
     # So many slots that loops are entered which the compiler has unrolled.
     "slots": Mutation([(UNFILLED._replace(config=replace(CONFIG, key_stages=10), heads=2, key_heads=2), 0)], ZEROS),
 }
