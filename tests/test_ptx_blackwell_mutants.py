@@ -108,7 +108,7 @@ CHANGES: dict[str, Change] = COMMON | {
     "no shuffle": (r"shfl\.sync[^;]*;", "", 1),
     "comparison inverted": (r"(\tsetp\.)(eq|ne|lt|ge|gt|le)((?:\.\w+)*\.[bsu]32)", inverted, 1),
     "shifted further": (r"(\tshl\.b32\s+%r\d+, %r\d+, )(\d+)(;)", number(lambda x: x + 1), 1),
-    "address further on": (r"(\tadd\.s32\s+%r\d+, %r\d+, )(\d{2,})(;)", number(lambda x: x + 16), 2),
+    "address further on": (r"(\tadd\.s32\s+%r\d+, %r\d+, )(\d{2,})(;)", number(lambda x: x + 1024), 2),
     "number of the host larger": (r"(ld\.param\.b32\s+(%r\d+), [^;]*;)", r"\1\nadd.s32 \2, \2, 1;", 1),
     "number in shared memory larger": (r"(ld\.shared\.b32\s+(%r\d+), [^;]*;)", r"\1\nadd.s32 \2, \2, 1;", 1),
 }
