@@ -129,7 +129,7 @@ def cannot_matter(name: str, text: str, match: re.Match[str]) -> bool:
         full = operands.startswith(".u32") and match[2] == "ge"
         always_mask = full or operands.endswith(f", {CONFIG.keys}")
         swap_roles = operands.endswith(", 14")  # one of which loads keys and the other one items, a thread each
-        no_such_loop = re.search(r", \d{4}$", operands)  # zeros for slots larger than these; see SLOTS
+        no_such_loop = re.search(r", \d{4}$", operands)  # zeros, in larger slots: MUTATIONS["slots"]
         return bool(always_mask or swap_roles or no_such_loop)
     if name == "no store to shared memory":  # the key head, which only text needs
         return f"+{KEY_HEAD}]" in match[0]

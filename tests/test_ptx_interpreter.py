@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -301,6 +302,72 @@ def test_what_is_not_known_is_not_guessed(body: str) -> None:
 def test_a_module_of_two_kernels_is_refused() -> None:
     with pytest.raises(UnsupportedError):
         parse(".entry f() { ret; }\n.entry g() { ret; }")
+
+
+# ---- pairs of floats
+
+
+def f32(x: Fraction, down: bool) -> float:
+    """The nearest float32 to an exact number, or the largest one that is not above it."""
+    near = np.float32(float(x))
+    if down and Fraction(float(near)) > x:
+        near = np.nextafter(near, np.float32(-math.inf))
+    return float(near)
+
+
+@pytest.mark.parametrize("operation", ["add.rn.ftz.f32x2", "add.rm.ftz.f32x2", "mul.rn.ftz.f32x2", "fma.rn.ftz.f32x2"])
+def test_pairs_of_floats(operation: str) -> None:
+    rng = np.random.default_rng(4)
+    a = (rng.standard_normal(2 * LANES) * 2.0 ** rng.integers(-20, 24, 2 * LANES)).astype(np.float32)
+    b = np.concatenate([rng.standard_normal(LANES), np.full(LANES, 12582912.0)]).astype(np.float32)
+    third = ", %rd8" if operation.startswith("fma") else ""
+    x, y = ([Fraction(float(v)) for v in values] for values in (a, b))
+    body = "shl.b64 %rd6, %rd3, 1; add.s64 %rd7, %rd1, %rd6; add.s64 %rd9, %rd2, %rd6;\n"
+    body += "ld.global.v2.f32 {%f1, %f2}, [%rd7]; ld.global.v2.f32 {%f3, %f4}, [%rd9];\n"
+    body += f"mov.b64 %rd7, {{%f1, %f2}}; mov.b64 %rd8, {{%f3, %f4}};\n{operation} %rd6, %rd7, %rd8{third};\n"
+    run(body + "mov.b64 {%f1, %f2}, %rd6; st.global.v2.f32 [%rd9], {%f1, %f2};", a, b)
+    exact = {"add": lambda p, q: p + q, "mul": lambda p, q: p * q, "fma": lambda p, q: p * q + q}[operation[:3]]
+    assert b.tolist() == [f32(exact(p, q), ".rm." in operation) for p, q in zip(x, y, strict=True)]
+
+
+def test_one_thread_of_a_pair_of_floats() -> None:
+    a, b = np.arange(LANES, dtype=np.float32), np.zeros(2 * LANES, np.float32)
+    body = "ld.global.f32 %f1, [%rd4]; mov.b64 %rd7, {%f1, %f1}; setp.eq.s32 %p1, %r1, 5;\n"
+    body += "@%p1 add.rn.f32x2 %rd7, %rd7, %rd7; mov.b64 {%f2, %f3}, %rd7;\n"
+    run(body + "shl.b64 %rd6, %rd3, 1; add.s64 %rd6, %rd6, %rd2; st.global.v2.f32 [%rd6], {%f2, %f3};", a, b)
+    assert b.tolist() == [float(lane * (2 if lane == 5 else 1)) for lane in range(LANES) for _ in range(2)]
+
+
+def test_a_pair_of_which_one_half_is_not_asked_for() -> None:
+    a, b = np.arange(LANES, dtype=np.uint32), np.zeros(LANES, np.uint32)
+    run("ld.global.u32 %r2, [%rd4]; mov.b64 %rd7, {%r1, %r2}; mov.b64 {_, %r3}, %rd7; st.global.u32 [%rd5], %r3;", a, b)
+    assert b.tolist() == a.tolist()
+    with pytest.raises(UnsupportedError):
+        run("mov.b64 %rd7, {_, %r1};", a, b)
+
+
+def test_bytes_of_a_load_that_are_not_used() -> None:
+    """They need not have been written; whoever uses them gets poison."""
+    b = np.zeros(LANES, np.uint32)
+    body = "mov.u32 %r20, shared; shl.b32 %r3, %r1, 3; add.s32 %r3, %r3, %r20; st.shared.u32 [%r3+4], %r1;\n{used}\n"
+    body += "ld.shared.v2.u32 {%r5, %r6}, [%r3]; add.s32 %r6, %r6, 1; st.global.u32 [%rd5], %rX;"
+    used = body.replace("{used}", '.pragma "used_bytes_mask 0xf0";')
+    run(used.replace("%rX", "%r6"), np.zeros(1, np.uint32), b)
+    assert b.tolist() == [lane + 1 for lane in range(LANES)]
+    run(used.replace("%rX", "%r5"), np.zeros(1, np.uint32), b)
+    assert b.tolist() == [0xFFFFFFFF] * LANES
+    with pytest.raises(UninitialisedError):
+        run(body.replace("{used}", "").replace("%rX", "%r6"), np.zeros(1, np.uint32), b)
+
+
+def test_endless_kernels_end() -> None:
+    with pytest.raises(DeadlockError, match="still running"):
+        run(
+            "L: bra L;",
+            np.zeros(1, np.uint32),
+            np.zeros(1, np.uint32),
+            machine=lambda text, seed: Machine(text, seed, most=1000),
+        )
 
 
 # ---- shared memory and barriers
