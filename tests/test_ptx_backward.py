@@ -1,6 +1,11 @@
-"""The Hopper backward kernel in the PTX interpreter: both passes on the problems of the forward, against float64."""
+"""The Hopper backward kernel in the PTX interpreter: both passes on the problems of the forward, against float64.
+
+``PTX_SEEDS=20 python -m pytest -n 2 tests/test_ptx_backward.py`` tries each problem with 20 seeds.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 from machine_code import needs_nvrtc
@@ -10,7 +15,7 @@ needs_nvrtc()
 from backward_problems import PROBLEMS, check_pass  # noqa: E402
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", range(int(os.getenv("PTX_SEEDS", "1"))))
 @pytest.mark.parametrize("rows_are_keys", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradients_equal_float64(name: str, rows_are_keys: bool, seed: int) -> None:
