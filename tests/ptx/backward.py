@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from gna_flex import GNA
-from gna_flex.cuda import backward, driver
+from gna_flex.cuda import backward
 from gna_flex.cuda.backward import BackwardConfig, Pass
 from gna_flex.cuda.tables import KernelTiles, Transposed
-from ptx.launch import HostPlan, Recorder, kernel, ptx, storage
+from ptx.launch import HostPlan, kernel, launch, ptx
 from ptx.machine import Machine
 from ptx.parse import parse
 
@@ -49,19 +48,14 @@ def run(
     plan = HostPass(gnas, config, tiles, rows.shape[-1], rows.dtype == torch.float16)
     first = torch.full_like(rows, torch.nan)
     second = torch.full_like(rows, torch.nan) if config.rows_are_keys else first
-    counters, recorder = torch.zeros(2, dtype=torch.int32), Recorder()
-    with mock.patch.object(driver, "driver", return_value=recorder):
-        call = plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid)
-    maps, params = call.values
-    machine = Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules)
     arrays = dict(zip(backward.OPERANDS, (*tensors, first), strict=False)) | {"statistics": statistics}
     arrays |= {"out2": second} if config.rows_are_keys else {}
-    arrays |= {"counters": counters, "items": plan.items, "windows": plan.windows}
-    arrays |= {"gna_of_head": plan.gna_of_head} if plan.gna_of_head is not None else {}
-    arrays |= {"text_valid": text_valid} if text_valid is not None else {}
-    for name, x in arrays.items():
-        machine.memory.add(name, storage(x), at=x.untyped_storage().data_ptr())
-    places = {(0, at - maps.address): each for at, each in recorder.maps.items()}
-    machine.launch(blocks, plan.config.threads, plan.config.shared_bytes, [bytes(maps), bytes(params)], places)
-    assert not counters.any(), f"counters {counters.tolist()} after the launch"
+    machine = launch(
+        plan,
+        lambda counters: plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid),
+        arrays,
+        Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules),
+        blocks=blocks,
+        text_valid=text_valid,
+    )
     return first, second, machine

@@ -104,13 +104,37 @@ def run(
     gnas = (gnas,) if isinstance(gnas, GNA) else tuple(gnas)
     plan = HostPlan(gnas, config, tiles, q.shape[-1], q.dtype == torch.float16)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
-    counters, recorder = torch.zeros(2, dtype=torch.int32), Recorder()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    machine = launch(
+        plan,
+        lambda counters: plan.arguments((q, k, v, out), lse, counters, scale, text_valid),
+        {"q": q, "k": k, "v": v, "out": out, "lse": lse},
+        Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules),
+        blocks=blocks,
+        text_valid=text_valid,
+    )
+    return out, lse, machine
+
+
+def launch(
+    plan: HostPlan,
+    arguments: Callable[[Tensor], driver.Arguments],
+    arrays: dict[str, Tensor],
+    machine: Machine,
+    *,
+    blocks: int,
+    text_valid: Tensor | None,
+) -> Machine:
+    """The machine after a launch of a plan on ``arrays`` and its tables; ``arguments`` are those for given counters.
+
+    Raises:
+        PtxError: a fault of the kernel.
+        AssertionError: its counters are not zero afterwards, as the next launch needs them.
+    """
+    counters, recorder = torch.zeros(2, dtype=torch.int32), Recorder()
     with mock.patch.object(driver, "driver", return_value=recorder):
-        maps, params = plan.arguments((q, k, v, out), lse, counters, scale, text_valid).values
-    machine = Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules)
-    arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "counters": counters}
-    arrays |= {"items": plan.items, "windows": plan.windows}
+        maps, params = arguments(counters).values
+    arrays = arrays | {"counters": counters, "items": plan.items, "windows": plan.windows}
     arrays |= {"gna_of_head": plan.gna_of_head} if plan.gna_of_head is not None else {}
     arrays |= {"text_valid": text_valid} if text_valid is not None else {}
     for name, x in arrays.items():
@@ -118,7 +142,7 @@ def run(
     places = {(0, at - maps.address): each for at, each in recorder.maps.items()}
     machine.launch(blocks, plan.config.threads, plan.config.shared_bytes, [bytes(maps), bytes(params)], places)
     assert not counters.any(), f"counters {counters.tolist()} after the launch"
-    return out, lse, machine
+    return machine
 
 
 def storage(x: Tensor) -> np.ndarray:
