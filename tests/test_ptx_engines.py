@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,14 @@ from ptx.errors import (
     ProxyFenceError,
     RaceError,
     UninitialisedError,
+    UnsupportedError,
 )
+from ptx.launch import Recorder
 from ptx.machine import Machine
 from ptx.tma import TensorMap
 from test_ptx_interpreter import BARRIER, HEADER, WAIT, run
+
+from gna_flex.cuda import driver
 
 # ---- tensor copies
 
@@ -38,7 +43,7 @@ def tensor_of(
 ) -> TensorMap:
     """A map of a 5-D array, whose last dimension has stride 1."""
     strides = tuple(reversed(x.strides[:-1]))
-    return TensorMap(machine.memory.add("tensor", x), x.shape[::-1], strides, box, span, steps)
+    return TensorMap(machine.memory.add("tensor", x), x.shape[::-1], strides, box, span, steps, x.itemsize)
 
 
 def load_box(
@@ -50,7 +55,7 @@ def load_box(
     edit: Any = str,
     **rules: bool,
 ) -> np.ndarray:
-    """What a load of a box of 256 elements leaves in shared memory, as 16-bit words."""
+    """What a load of a box of 512 bytes leaves in shared memory, as 16-bit words."""
     b = np.zeros(128, np.uint32)
     tensor: list[TensorMap] = []
 
@@ -104,12 +109,18 @@ def test_tensor_loads_with_steps() -> None:
     assert load_box(x, box, (0, 3, -1), 0, steps).tolist() == boxed(x, box, (0, 3, -1), steps)
 
 
+def test_tensor_loads_of_32_bits() -> None:
+    x = np.arange(1 << 20, (1 << 20) + 4 * 7 * 72, dtype=np.uint32).reshape(1, 1, 4, 7, 72)
+    box, at = (16, 4, 2, 1, 1), (64, -1, 1)
+    assert load_box(x, box, at, 0).view(np.uint32).tolist() == boxed(x, box, at, (1, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
         ("fence.mbarrier_init.release.cluster;", "", ProxyFenceError),
         ("], 512;", "], 528;", DeadlockError),
-        ("[%r20], [%rd9", "[%r20+8], [%rd9", DescriptorError),
+        ("[%r20], [%rd9", "[%r20+64], [%rd9", DescriptorError),
         ("[%r20], [%rd9", "[%r20+16384], [%rd9", OutOfBoundsError),
         ("[%rd9,", "[%rd9+64,", DescriptorError),
         (WAIT.replace("PARITY", "0"), "", (RaceError, UninitialisedError)),
@@ -178,6 +189,117 @@ def test_faults_of_tensor_stores() -> None:
         store_box(write=WRITE.split("st.shared")[0])
 
 
+# ---- tensor reductions
+
+ADD = "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group"
+ADDS = """
+mov.u32 %r20, shared; setp.ne.s32 %p7, %r1, 0; shl.b32 %r3, %r1, 2; add.s32 %r3, %r3, %r20;
+cvt.rn.f32.u32 %f1, %r1;
+{write}
+{fence}
+bar.sync 0;
+@%p7 bra STORED;
+{add} [%rd9, {8, -1, 1, 0, 0}], [{from}];
+{add} [%rd9, {12, 0, 1, 0, 0}], [{from}];
+cp.async.bulk.commit_group;
+{wait}
+STORED:
+{end}
+"""
+PARTS = {
+    "add": ADD,
+    "write": "st.shared.f32 [%r3], %f1;",
+    "from": "%r20",
+    "fence": FENCE,
+    "wait": STORE_WAIT,
+    "end": "",
+}
+
+
+def add_boxes(seed: int = 0, blocks: int = 1, span: int = 0, kind: Any = np.float32, **parts: str) -> Any:
+    """A tensor ``[1, 1, 3, 7, 24]`` of halves, to which each block adds 128 words as two boxes that overlap; %rd1."""
+    x, body = np.full((1, 1, 3, 7, 24), 0.5, kind), ADDS
+    for name, part in (PARTS | parts).items():
+        body = body.replace(f"{{{name}}}", part)
+    m = Machine(HEADER + body + "\nret;\n}\n", seed)
+    tensor = tensor_of(m, x, (16, 4, 2, 1, 1), span)
+    at = np.uint64(tensor.address).tobytes()
+    m.launch(blocks, 128, 16384, [at, at, bytes(128)], {(2, 0): tensor})
+    return x
+
+
+@pytest.mark.parametrize("span", [0, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_tensor_reductions_add_inside_only(seed: int, span: int) -> None:
+    wanted = np.full((3, 7, 24), 0.5, np.float32)
+    for number in range(128):
+        k, j, i = number // 64, number // 16 % 4, number % 16
+        if span:  # word ``number`` of shared memory is in another piece of 16 bytes of the row
+            i ^= number // 32 % 4 * 4
+        for column, row in ((8 + i, j - 1), (12 + i, j)):
+            if row >= 0 and column < 24:
+                wanted[1 + k, row, column] += 2 * number
+    assert add_boxes(seed, 2, span)[0, 0].tolist() == wanted.tolist()
+
+
+def test_reductions_add_after_they_have_read() -> None:
+    """A sum is read after each kind of wait, and written to the tensor's first place."""
+    look = f"ld.global.f32 %f2, [%rd1+{4 * (168 + 24 + 12)}]; st.global.f32 [%rd1], %f2;"  # in row 1 of plane 1
+    seen = {kind: set[float]() for kind in ("", ".read")}
+    for seed in range(10):
+        for kind, sums in seen.items():
+            sums.add(float(add_boxes(seed, wait=f"cp.async.bulk.wait_group{kind} 0; {look}").flat[0]))
+    assert seen[""] == {0.5 + 36 + 16}
+    assert len(seen[".read"]) > 1
+
+
+OVERWRITE = "st.shared.u32 [%r20], 1;"
+
+
+@pytest.mark.parametrize(
+    ("parts", "error"),
+    [
+        ({"fence": ""}, ProxyFenceError),
+        ({"write": ""}, UninitialisedError),
+        ({"wait": ""}, InFlightError),
+        ({"wait": OVERWRITE + STORE_WAIT}, RaceError),
+        ({"wait": "cp.async.bulk.wait_group 1;" + OVERWRITE + STORE_WAIT}, RaceError),
+        ({"wait": "", "end": "bar.sync 0; st.shared.u32 [%r3], 1; cp.async.bulk.wait_group 0;"}, RaceError),
+        ({"end": "setp.eq.s32 %p1, %r1, 64; @%p1 st.shared.u32 [%r3], 1;"}, RaceError),
+        ({"from": "%r20+16"}, DescriptorError),
+        ({"from": "%r20+16384"}, OutOfBoundsError),
+        ({"add": ADD.replace("add", "min")}, UnsupportedError),
+        ({"add": ADD.replace("5d", "4d")}, UnsupportedError),
+        ({"kind": np.float16}, DescriptorError),
+        ({"span": 128}, DescriptorError),
+    ],
+)  # fmt: skip
+def test_faults_of_tensor_reductions(parts: Any, error: Any) -> None:
+    with pytest.raises(error):
+        add_boxes(**parts)
+
+
+def test_memory_of_a_reduction_may_be_written_after_the_wait_for_its_read() -> None:
+    wait = "cp.async.bulk.wait_group.read 0;" + OVERWRITE
+    end = "bar.sync 0; st.shared.u32 [%r3], 1;"
+    wanted = add_boxes().tolist()
+    for seed in range(5):
+        assert add_boxes(seed, wait=wait, end=end).tolist() == wanted
+
+
+def test_maps_of_32_bits_come_from_the_package() -> None:
+    recorder, given = Recorder(), driver.TensorMap()
+    x = np.zeros((1, 1, 3, 7, 24), np.float32)
+    box, dims, strides = (16, 4, 2, 1, 1), x.shape[::-1], x.strides[-2::-1]
+    encode = functools.partial(driver.encode_tiled, given, 4096, dims, strides, dtype="float32", api=recorder)
+    encode(box, swizzle=0)
+    assert recorder.maps == {given.address: TensorMap(4096, dims, strides, box, 0, size=4)}
+    with pytest.raises(DescriptorError):  # rows of half of the swizzle
+        encode(box, swizzle=128)
+    with pytest.raises(DescriptorError):
+        TensorMap(4096, dims, strides, (2, 4, 2, 1, 1), 0, size=4)
+
+
 # ---- matrix products
 
 PRODUCT = """
@@ -187,8 +309,7 @@ add.s32 %r4, %r3, %r20;
 COPY
 fence.proxy.async.shared::cta;
 bar.sync 0;
-mov.f32 %f0, 0f3F800000; mov.f32 %f1, 0f3F800000; mov.f32 %f2, 0f3F800000; mov.f32 %f3, 0f3F800000;
-mov.f32 %f4, 0f3F800000; mov.f32 %f5, 0f3F800000; mov.f32 %f6, 0f3F800000; mov.f32 %f7, 0f3F800000;
+ONES
 SETUP
 mov.b64 %rd7, DESC_A;
 mov.b64 %rd8, DESC_B;
@@ -196,28 +317,34 @@ wgmma.fence.sync.aligned;
 ISSUE
 wgmma.commit_group.sync.aligned;
 wgmma.wait_group.sync.aligned 0;
-shl.b64 %rd6, %rd3, 3;
-add.s64 %rd6, %rd2, %rd6;
-st.global.v4.f32 [%rd6], {%f0, %f1, %f2, %f3};
-st.global.v4.f32 [%rd6+16], {%f4, %f5, %f6, %f7};
+mul.wide.u32 %rd6, %r1, STEP; add.s64 %rd6, %rd6, %rd2;
+RESULTS
 """
 COPY = "".join(
     f"shl.b64 %rd6, %rd3, 2; add.s64 %rd6, %rd6, %rd1;\nld.global.v4.u32 {{%r5, %r6, %r7, %r8}}, [%rd6+{at}];\n"
     f"st.shared.v4.u32 [%r4+{at}], {{%r5, %r6, %r7, %r8}};\n"
     for at in range(0, 16384, 2048)
 )
-MULTIPLY = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}, "
-SS = MULTIPLY + "%rd7, %rd8, 1, 1, 1, 0, 0;"
-RS = MULTIPLY + "{%r10, %r11, %r12, %r13}, %rd8, 1, 1, 1, 1;"
+
+
+def multiplication(columns: int, operands: str) -> str:
+    """The instruction for ``[64, columns]``."""
+    accumulator = ", ".join(f"%f{i}" for i in range(columns // 2))
+    return f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{accumulator}}}, {operands};"
+
+
+SS = multiplication(16, "%rd7, %rd8, 1, 1, 1, 0, 0")
+RS = multiplication(16, "{%r10, %r11, %r12, %r13}, %rd8, 1, 1, 1, 1")
+TT = multiplication(16, "%rd7, %rd8, 1, 1, 1, 1, 1")
 REGISTERS_OF_A = """
 shl.b64 %rd6, %rd3, 2; add.s64 %rd6, %rd6, %rd1;
 ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%rd6+16384];
 """
 
 
-def descriptor(at: int, leading: int, stride: int) -> int:
-    """Swizzle of 128 bytes; shared memory begins at 1024."""
-    return (1024 + at) // 16 | leading // 16 << 16 | stride // 16 << 32 | 1 << 62
+def descriptor(at: int, leading: int, stride: int, span: int = 128) -> int:
+    """Swizzle of 128 or 64 bytes; shared memory begins at 1024."""
+    return (1024 + at) // 16 | leading // 16 << 16 | stride // 16 << 32 | 128 // span << 62
 
 
 def swizzled(rows: torch.Tensor) -> np.ndarray:
@@ -239,14 +366,22 @@ def multiply(
     data[8192 : 8192 + 128 * len(b)] = swizzled(b).view(np.uint8)
     if registers is not None:
         data[16384:] = registers.reshape(-1).view(np.uint8)
-    body = PRODUCT
+    return multiply_bytes(data, 16, seed, **parts)
+
+
+def multiply_bytes(data: np.ndarray, columns: int, seed: int, **parts: str) -> np.ndarray:
+    """``[64, columns]`` from what is in shared memory, added to ones."""
+    count = columns // 2
+    body = PRODUCT.replace("COPY", COPY).replace("STEP", str(4 * count))
+    body = body.replace("ONES", "".join(f"mov.f32 %f{i}, 0f3F800000;" for i in range(count)))
+    body = body.replace("RESULTS", "".join(f"st.global.f32 [%rd6+{4 * i}], %f{i};" for i in range(count)))
     for name, part in parts.items():
         body = body.replace(name, part)
-    out = np.zeros((128, 8), np.float32)
-    run(body.replace("COPY", COPY), data.view(np.uint32), out, threads=128, seed=seed)
-    matrix = np.zeros((64, 16), np.float32)
+    out = np.zeros((128, count), np.float32)
+    run(body, data.view(np.uint32), out, threads=128, seed=seed)
+    matrix = np.zeros((64, columns), np.float32)
     for thread in range(128):
-        for j in range(8):
+        for j in range(count):
             row = thread // 32 * 16 + thread % 32 // 4 + 8 * (j // 2 % 2)
             matrix[row, 8 * (j // 4) + 2 * (thread % 4) + j % 2] = out[thread, j]
     return matrix
@@ -284,6 +419,49 @@ def test_products_of_registers_and_transposed_memory() -> None:
     np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-5, atol=1e-5)
 
 
+def columns_first(data: np.ndarray, at: int, x: torch.Tensor, leading: int, stride: int, span: int) -> None:
+    """Writes ``[rows, 16]`` as a transposed operand: columns are rows of ``span`` bytes, in patterns of 8."""
+    bits = x.view(torch.int16).numpy().view(np.uint16)
+    for row in range(len(x)):
+        for column in range(16):
+            line, byte = column % 8, (at + 2 * row) % span
+            piece = byte // 16 ^ (line if span == 128 else line // 2)
+            place = at - at % span + 2 * row // span * leading + column // 8 * stride
+            place += line * span + 16 * piece + byte % 16
+            data[place : place + 2] = bits[row, column : column + 1].view(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("span", "a_strides", "b_strides", "start"),
+    [
+        (128, (16, 1024), (16, 1024), 0),
+        (128, (16, 4096), (2048, 1024), 64),
+        (128, (1024, 2048), (16, 3072), 32),
+        (64, (512, 1024), (16, 512), 0),
+        (64, (1024, 512), (512, 1536), 0),
+        (64, (4096, 2048), (1024, 512), 0),
+    ],
+)
+@pytest.mark.parametrize("columns", [16, 32])
+def test_products_of_transposed_operands(
+    span: int, a_strides: tuple[int, int], b_strides: tuple[int, int], start: int, columns: int
+) -> None:
+    """The columns of B are a part of the rows of ``span`` bytes, from byte ``start`` on."""
+    torch.manual_seed(3)
+    a, b = torch.randn(64, 16).bfloat16(), torch.randn(columns, 16).bfloat16()
+    data = np.zeros(16384 + 2048, np.uint8)
+    columns_first(data, 0, a, *a_strides, span)
+    columns_first(data, 8192 + start, b, *b_strides, span)
+    parts = {
+        "DESC_A": str(descriptor(0, *a_strides, span)),
+        "DESC_B": str(descriptor(8192 + start, *b_strides, span)),
+        "ISSUE": multiplication(columns, "%rd7, %rd8, 1, 1, 1, 1, 1"),
+        "SETUP": "",
+    }
+    wanted = 1 + a.double() @ b.double().T
+    np.testing.assert_allclose(multiply_bytes(data, columns, 0, **parts), wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
 A, B = str(descriptor(0, 16, 1024)), str(descriptor(8192, 16, 1024))
 
 
@@ -302,6 +480,8 @@ A, B = str(descriptor(0, 16, 1024)), str(descriptor(8192, 16, 1024))
         ({"bar.sync 0;": "", "ISSUE": SS}, (RaceError, UninitialisedError)),
         ({"DESC_B": str(descriptor(16384, 16, 1024)), "ISSUE": SS}, OutOfBoundsError),
         ({"DESC_B": str(descriptor(8192 + 128, 16, 1024)), "ISSUE": SS}, DescriptorError),
+        ({"DESC_A": str(descriptor(64, 16, 1024)), "ISSUE": TT}, DescriptorError),
+        ({"DESC_B": str(descriptor(8192 + 112, 16, 1024)), "ISSUE": TT}, DescriptorError),
         ({"DESC_B": str(int(B) | 1 << 46), "ISSUE": SS}, DescriptorError),
         ({"DESC_B": str(int(B) ^ 1 << 62), "ISSUE": SS}, DescriptorError),
         ({"ISSUE": SS + "st.shared.u32 [%r4], 0;"}, RaceError),

@@ -19,6 +19,8 @@ from ptx.machine import Machine
 from ptx.parse import Kernel, parse
 from ptx.tma import TensorMap
 
+SIZES = dict(driver.DTYPES.values())
+"""Bytes of each type, by the driver's numbers."""
 SPANS = (0, 32, 64, 128)
 """Bytes of each swizzle, by the driver's numbers."""
 
@@ -75,7 +77,7 @@ class Recorder:
     def call(self, name: str, at: int, code: int, rank: int, *values: Any) -> None:
         pointer, dims, strides, box, steps, _, swizzle, _, _ = values
         self.maps[at] = TensorMap(
-            pointer, tuple(dims), tuple(strides)[: rank - 1], tuple(box), SPANS[swizzle], tuple(steps)
+            pointer, tuple(dims), tuple(strides)[: rank - 1], tuple(box), SPANS[swizzle], tuple(steps), SIZES[code]
         )
 
 

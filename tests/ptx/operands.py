@@ -30,11 +30,12 @@ class Layout(NamedTuple):
         """Addresses of the elements ``[rows, 16]``.
 
         Raises:
-            DescriptorError: a start that does not fit the swizzle.
+            DescriptorError: a start or a width that does not fit the swizzle.
         """
         start, leading, stride, span = self
-        if start % (8 * span) >= span:
-            raise DescriptorError(f"an operand at {start:#x}: starts within a pattern of the swizzle")
+        width = min(2 * rows, span) if transposed else 2 * K
+        if start % (8 * span) + width > span:
+            raise DescriptorError(f"an operand at {start:#x}: not within a row where a pattern of the swizzle begins")
         row, column = np.arange(rows)[:, None], np.arange(K)[None]
         if transposed:
             piece = span // 2

@@ -13,7 +13,7 @@ from ptx.barriers import MBarrier, NamedBarrier
 from ptx.errors import DivergenceError, PtxError, UnsupportedError
 from ptx.parse import Address, Imm, Instruction, Operand, Vector
 from ptx.program import Program, Run, opcode
-from ptx.tma import Load, Store, StoreGroups
+from ptx.tma import Load, Reduction, Store, StoreGroups
 from ptx.warp import Warp
 from ptx.wgmma import Shape
 
@@ -196,6 +196,7 @@ def trap(program: Program, ins: Instruction) -> Run:
 
 LOAD = re.compile(r"\dd\.shared::\w+\.global(\.tile)?\.mbarrier::complete_tx::bytes(\.L2::cache_hint)?")
 STORE = re.compile(r"\dd\.global\.shared::cta(\.tile)?\.bulk_group")
+REDUCTION = re.compile(r"\dd\.global\.shared::cta\.add(\.tile)?\.bulk_group")
 
 
 def _coordinates(program: Program, operand: Operand, rank: str) -> list[int]:
@@ -210,8 +211,15 @@ def tensor_copy(program: Program, ins: Instruction) -> Run:
     if LOAD.fullmatch(form):
         return tensor_load(program, ins)
     if STORE.fullmatch(form):
-        return tensor_store(program, ins)
+        return tensor_store(program, ins, Store, ins.parts[4])
     raise UnsupportedError(ins.opcode)
+
+
+@opcode("cp.reduce.async.bulk.tensor")
+def tensor_reduction(program: Program, ins: Instruction) -> Run:
+    if not REDUCTION.fullmatch(".".join(ins.parts[5:])):
+        raise UnsupportedError(ins.opcode)
+    return tensor_store(program, ins, Reduction, ins.parts[5])
 
 
 def tensor_load(program: Program, ins: Instruction) -> Run:
@@ -229,16 +237,16 @@ def tensor_load(program: Program, ins: Instruction) -> Run:
     return run
 
 
-def tensor_store(program: Program, ins: Instruction) -> Run:
+def tensor_store(program: Program, ins: Instruction, kind: type[Store], rank: str) -> Run:
     tensor, source = (pointer(program, operand) for operand in ins.operands)
-    coordinates = _coordinates(program, ins.operands[0], ins.parts[4])
+    coordinates = _coordinates(program, ins.operands[0], rank)
 
     def run(w: Warp) -> None:
         lane = w.lane("a tensor copy")
         map_, address = (int(addresses(w, *each)[0]) for each in (tensor, source))
         at = [int(w.slots[slot][lane]) for slot in coordinates]
         machine = w.block.machine
-        store = Store(w, machine.tensor(map_), at, address)
+        store = kind(w, machine.tensor(map_), at, address)
         machine.under_way.append(store)
         w.stores.setdefault(lane, StoreGroups()).add(store)
 

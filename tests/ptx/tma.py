@@ -24,7 +24,7 @@ def swizzle(addresses: np.ndarray, span: int) -> Any:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tensor of 16-bit elements; the dimension of stride 1 comes first. ``strides`` are bytes, of the others.
+    """A tensor of elements of ``size`` bytes; that of stride 1 comes first. ``strides`` are bytes, of the others.
 
     Raises:
         DescriptorError: a value that the hardware, or this interpreter, does not take.
@@ -36,6 +36,7 @@ class TensorMap:
     box: tuple[int, ...]
     span: int
     element_strides: tuple[int, ...] = ()
+    size: int = 2
 
     def __post_init__(self) -> None:
         steps = self.element_strides or (1,) * len(self.dims)
@@ -45,8 +46,10 @@ class TensorMap:
             raise DescriptorError(f"{self}: ranks, or no multiple of 16 bytes")
         if max(self.box) > 256 or min(*self.box, *self.dims, *steps) < 1 or max(steps) > 8:
             raise DescriptorError(f"{self}: sides of 1 to 256, steps of 1 to 8")
-        if self.span and 2 * self.sides[0] != self.span:
+        if self.span and self.size * self.sides[0] != self.span:
             raise DescriptorError(f"{self}: rows of a box must be as long as the swizzle's")
+        if self.size * self.box[0] % 16:
+            raise DescriptorError(f"{self}: rows of a box must be multiples of 16 bytes")
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -58,7 +61,7 @@ class TensorMap:
         address, inside = np.array(self.address, np.int64), np.array(True)
         for i, (start, side, step) in enumerate(zip(coordinates, self.sides, self.element_strides, strict=True)):
             place = (start + np.arange(side, dtype=np.int64) * step).reshape((side,) + (1,) * i)
-            address = address + place * (2 if i == 0 else self.strides[i - 1])
+            address = address + place * (self.size if i == 0 else self.strides[i - 1])
             inside = inside & ((place >= 0) & (place < self.dims[i]))
         return address.reshape(-1), inside.reshape(-1)
 
@@ -69,11 +72,12 @@ class Copy:
     def __init__(self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int) -> None:
         self.shared, self.memory = warp.block.shared, warp.block.machine.memory
         self.addresses, self.inside = tensor.elements(coordinates)
-        if address % (128 if tensor.span else 16):
+        if address % 128:
             raise DescriptorError(f"a copy to or from {address:#x}, which is not aligned")
-        places = swizzle(address + 2 * np.arange(len(self.addresses), dtype=np.int64), tensor.span)
-        self.places = self.shared.region.elements(places, 2)
-        self.words = np.unique(self.places // 2)
+        self.size, self.type = tensor.size, {2: np.uint16, 4: np.uint32}[tensor.size]
+        places = swizzle(address + self.size * np.arange(len(self.addresses), dtype=np.int64), tensor.span)
+        self.places = self.shared.region.elements(places, self.size)
+        self.words = np.unique(self.places * self.size // 4)
         self.read = self.finished = False
 
     def advance(self) -> None:
@@ -82,8 +86,8 @@ class Copy:
     def _outside(self, space: Space) -> tuple[np.ndarray, np.ndarray]:
         inside = self.addresses[self.inside]
         if not len(inside):
-            return np.zeros(0, np.uint16), np.zeros(0, np.int64)
-        return space.place(inside, 2)
+            return np.zeros(0, self.type), np.zeros(0, np.int64)
+        return space.place(inside, self.size)
 
 
 class Load(Copy):
@@ -97,12 +101,12 @@ class Load(Copy):
         self.shared.begin_async_write(warp, self.words, barrier, "load")
 
     def advance(self) -> None:
-        data = np.zeros(len(self.places), np.uint16)
+        data = np.zeros(len(self.places), self.type)
         source, index = self._outside(self.memory)
         data[self.inside] = source[index]
-        self.shared.region.view(2)[self.places] = data
+        self.shared.region.view(self.size)[self.places] = data
         self.shared.end_async_write(self.words, self.barrier)
-        self.barrier.complete(2 * len(data))
+        self.barrier.complete(self.size * len(data))
         self.read = self.finished = True
 
 
@@ -112,16 +116,30 @@ class Store(Copy):
     def __init__(self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int) -> None:
         super().__init__(warp, tensor, coordinates, address)
         self.shared.begin_async_read(warp, self.words, "store")
-        self._data = np.zeros(0, np.uint16)
+        self._data = np.zeros(0, self.type)
 
     def advance(self) -> None:
         if not self.read:
-            self._data = self.shared.region.view(2)[self.places]
+            self._data = self.shared.region.view(self.size)[self.places]
             self.read = True
             return
-        target, index = self._outside(self.memory)
-        target[index] = self._data[self.inside]
+        self._write(*self._outside(self.memory))
         self.finished = True
+
+    def _write(self, target: np.ndarray, index: np.ndarray) -> None:
+        target[index] = self._data[self.inside]
+
+
+class Reduction(Store):
+    """A store of 32-bit floats that adds them to what is there."""
+
+    def __init__(self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int) -> None:
+        if tensor.size != 4:
+            raise DescriptorError(f"{tensor}: only float32 is added")
+        super().__init__(warp, tensor, coordinates, address)
+
+    def _write(self, target: np.ndarray, index: np.ndarray) -> None:
+        np.add.at(target.view(np.float32), index, self._data[self.inside].view(np.float32))
 
 
 class StoreGroups:
