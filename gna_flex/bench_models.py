@@ -337,7 +337,7 @@ def _first(name: str, way: nn.Module, inputs: Inputs, device: str, progress: Cal
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     found: list[Tensor] = []
-    milliseconds = time_one(lambda: found.append(run(way, inputs)), (), False, device, settle=False)
+    milliseconds = time_one(lambda: found.append(run(way, inputs)), device, settle=False)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else math.nan
     return First(sane(name, found[0]), milliseconds, peak)
 
@@ -362,7 +362,7 @@ def _in_turns(
                 progress(f"{name}, round {turn + 1} of {repeats}")
                 calls = math.ceil(SAMPLE / last)
                 forward = functools.partial(run, ways[name], inputs)
-                times[name].append(time_one(forward, (), False, device, calls, settle=last < SLOW))
+                times[name].append(time_one(forward, device, calls, settle=last < SLOW))
     return times
 
 
@@ -392,8 +392,8 @@ def _attention(
         route = explain(q, k, v, mask).name
         way = routed(route, q, k, v, mask, backward=False)
     assert way.run is not None
-    once = time_one(way.run, (), False, device)
-    milliseconds = time_one(way.run, (), False, device, math.ceil(SAMPLE / once)) if once < SLOW else once
+    once = time_one(way.run, device)
+    milliseconds = time_one(way.run, device, math.ceil(SAMPLE / once)) if once < SLOW else once
     return (gna if setting else None), route, milliseconds
 
 

@@ -32,6 +32,8 @@ DENSE_FLOPS = 2e16
 """Dense attention with more arithmetic than this, half a minute on an H200, is not run."""
 WAYS = ("dense", *(name for name in ROUTES if name != "reference"), "natten")
 """Ways to compute attention that are measured."""
+DETERMINISTIC = "hopper-deterministic"
+"""One more in a backward: the Hopper kernel's under ``torch.use_deterministic_algorithms``."""
 WARM_UP = 2
 SAMPLE = 100.0
 """Milliseconds that one sample lasts at least on a GPU, after as much that is not timed: short calls are repeated.
@@ -57,6 +59,20 @@ class Contender(NamedTuple):
     tiles: str = ""
     to_natural: Callable[[Tensor], Tensor] = lambda out: out
 
+    def gradients(self, out: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the inputs, given an output and its gradient."""
+        if self.name != DETERMINISTIC:
+            return torch.autograd.grad(out, self.inputs, grad)
+        settings: Any = torch.utils.deterministic
+        before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+        settings.fill_uninitialized_memory = False  # which would be timed, too
+        torch.use_deterministic_algorithms(True)
+        try:
+            return torch.autograd.grad(out, self.inputs, grad)
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            settings.fill_uninitialized_memory = before[1]
+
 
 def bench_attention(
     gna: GNA,
@@ -68,9 +84,11 @@ def bench_attention(
     device: str = "cuda",
     backward: bool = False,
     repeats: int = 20,
-    ways: tuple[str, ...] = WAYS,
+    ways: tuple[str, ...] = (),
 ) -> list[Timing]:
-    """Ways to compute attention under one GNA, of :data:`WAYS`; dense attention without a mask is the baseline.
+    """Ways to compute attention under one GNA, by default :data:`WAYS` (and :data:`DETERMINISTIC` in a backward).
+
+    Dense attention without a mask is the baseline.
 
     Raises:
         AssertionError: if a result differs from the reference.
@@ -78,9 +96,11 @@ def bench_attention(
     """
     if backward and torch.device(device).type == "cpu":
         raise ValueError("backward=True, but FlexAttention has no backward on the CPU: measure it on a GPU")
-    unknown = [name for name in ways if name not in WAYS]
+    known = (*WAYS, DETERMINISTIC) if backward else WAYS
+    ways = ways or known
+    unknown = [name for name in ways if name not in known]
     if unknown:
-        raise ValueError(f"ways={' '.join(unknown)}: known are {', '.join(WAYS)}")
+        raise ValueError(f"ways={' '.join(unknown)}: known are {', '.join(known)}")
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, heads, gna.tokens, head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(3))
@@ -88,6 +108,7 @@ def bench_attention(
     make: dict[str, Callable[[], Contender]] = {
         name: functools.partial(routed, name, q, k, v, mask, backward) for name in ROUTES if name != "reference"
     }
+    make[DETERMINISTIC] = lambda: make["hopper"]()._replace(name=DETERMINISTIC)
     make |= {"dense": lambda: dense(q, k, v), "natten": lambda: natten(q, k, v, gna, backward)}
     all_ = [make[name]() for name in ("dense", *(name for name in ways if name != "dense"))]
     for way in all_:
@@ -111,14 +132,15 @@ def bench_attention(
 
 def in_turns(ways: list[Contender], backward: bool, device: str, repeats: int) -> dict[str, float]:
     """Median milliseconds of each. Every round has another order: what ran before shifts a time by up to 7 %."""
-    running = [(way.name, way.run, way.inputs) for way in ways if way.run is not None]
-    times: dict[str, list[float]] = {name: [] for name, _, _ in running}
+    running = [(way, way.run) for way in ways if way.run is not None]
+    times: dict[str, list[float]] = {way.name: [] for way, _ in running}
     shuffled = random.Random(0)
     for _ in range(WARM_UP + repeats):
-        for name, run, inputs in shuffled.sample(running, len(running)):
-            last = times[name][-1] if times[name] else SAMPLE
-            if len(times[name]) < 2 or last < SLOW:
-                times[name].append(time_one(run, inputs, backward, device, math.ceil(SAMPLE / last)))
+        for way, run in shuffled.sample(running, len(running)):
+            known = times[way.name]
+            last = known[-1] if known else SAMPLE
+            if len(known) < 2 or last < SLOW:
+                known.append(time_backward(way) if backward else time_one(run, device, math.ceil(SAMPLE / last)))
     return {name: statistics.median(values[min(WARM_UP, len(values) - 1) :]) for name, values in times.items()}
 
 
@@ -130,7 +152,7 @@ def memory_added(way: Contender, backward: bool, device: str) -> float:
     before = torch.cuda.memory_allocated()
     out = way.run()
     if backward:
-        torch.autograd.grad(out, way.inputs, torch.ones_like(out))
+        way.gradients(out, torch.ones_like(out))
     del out
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
@@ -249,44 +271,40 @@ def _natten_time(attend: Callable[..., Tensor], choice: Any, device: torch.devic
     """Milliseconds with a choice of tiles; infinite if NATTEN refuses it."""
     run = _natten_run(attend, choice)
     try:
-        return min(time_one(run, (), False, str(device)) for _ in range(TUNING_REPEATS))
+        return min(time_one(run, str(device)) for _ in range(TUNING_REPEATS))
     except (ValueError, RuntimeError):
         return math.inf
 
 
-def time_one(
-    run: Callable[[], Any],
-    inputs: tuple[Tensor, ...],
-    backward: bool,
-    device: str,
-    calls: int = 1,
-    settle: bool = True,
-) -> float:
-    """Milliseconds of one forward, over several calls on a GPU, or of one backward.
+def time_one(run: Callable[[], Any], device: str, calls: int = 1, settle: bool = True) -> float:
+    """Milliseconds of one call, over several calls on a GPU.
 
     Without ``settle`` nothing runs before what is timed: for calls that last so long that it does not matter.
     """
-    on_gpu = torch.device(device).type == "cuda"
-    if backward:
-        out = run()
-        grad = torch.randn_like(out)
-        calls = 1
-    elif on_gpu and settle:
+    if torch.device(device).type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3
+    if settle:
         # Clocks and power settle to what this way of computing asks for, and launches run ahead of the GPU.
         for _ in range(calls):
             run()
+    return _between_events(run, calls)
 
-    def once() -> None:
-        torch.autograd.grad(out, inputs, grad) if backward else run()
 
-    if not on_gpu:
-        begin = time.perf_counter()
-        once()
-        return (time.perf_counter() - begin) * 1e3
+def time_backward(way: Contender) -> float:
+    """Milliseconds of one backward on a GPU, after the forward that it belongs to."""
+    assert way.run is not None
+    out = way.run()
+    grad = torch.randn_like(out)
+    return _between_events(lambda: way.gradients(out, grad), 1)
+
+
+def _between_events(run: Callable[[], Any], calls: int) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
-        once()
+        run()
     stop.record()
     stop.synchronize()
     return float(start.elapsed_time(stop)) / calls
@@ -320,7 +338,7 @@ def check_gradients(way: Contender, q: Tensor, k: Tensor, v: Tensor, mask: GNABl
     some = {(0, 0), (q.shape[0] - 1, q.shape[1] - 1)}
     for one in some:
         grad[one][picked] = torch.randn(len(picked), q.shape[-1], dtype=q.dtype, device=q.device)
-    found = [way.to_natural(x) for x in torch.autograd.grad(natural, way.inputs, grad)]
+    found = [way.to_natural(x) for x in way.gradients(natural, grad)]
     idx = torch.arange(k.shape[2], device=q.device)
     for b, h in some:
         batch, head = torch.tensor(b, device=q.device), torch.tensor(h, device=q.device)

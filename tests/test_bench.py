@@ -354,3 +354,14 @@ def test_gradients_are_checked_before_they_are_timed(wrong):
     else:
         with pytest.raises(AssertionError, match="gradient of"):
             compare.check_gradients(way, q, k, v, mask)
+
+
+def test_a_way_is_deterministic_while_its_gradients_are_computed_and_no_longer():
+    seen, x = [], torch.randn(3, requires_grad=True)
+    hook = x.register_hook(lambda grad: seen.append(torch.are_deterministic_algorithms_enabled()))
+    for name in ("hopper", compare.DETERMINISTIC):
+        compare.Contender(name, inputs=(x,)).gradients(2 * x, torch.ones(3))
+    hook.remove()
+    assert seen == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -279,7 +279,7 @@ def test_the_stride_of_hunyuan_video_is_the_fastest():
 def test_slow_ways_are_timed_less(monkeypatch):
     settled = []
 
-    def time_one(run, inputs, backward, device, calls=1, *, settle):
+    def time_one(run, device, calls=1, *, settle):
         settled.append(settle)
         return 20_000.0 if not settle else 5.0
 
