@@ -199,8 +199,8 @@ cvt.rn.f32.u32 %f1, %r1;
 {fence}
 bar.sync 0;
 @%p7 bra STORED;
-{add} [%rd9, {8, -1, 1, 0, 0}], [{from}];
-{add} [%rd9, {12, 0, 1, 0, 0}], [{from}];
+{add} [%rd9, {8, {row}, 1, 0, 0}], [{from}];
+{add} [%rd9, {12, 2, 1, 0, 0}], [{from}];
 cp.async.bulk.commit_group;
 {wait}
 STORED:
@@ -208,6 +208,7 @@ STORED:
 """
 PARTS = {
     "add": ADD,
+    "row": "4",
     "write": "st.shared.f32 [%r3], %f1;",
     "from": "%r20",
     "fence": FENCE,
@@ -236,20 +237,20 @@ def test_tensor_reductions_add_inside_only(seed: int, span: int) -> None:
         k, j, i = number // 64, number // 16 % 4, number % 16
         if span:  # word ``number`` of shared memory is in another piece of 16 bytes of the row
             i ^= number // 32 % 4 * 4
-        for column, row in ((8 + i, j - 1), (12 + i, j)):
-            if row >= 0 and column < 24:
+        for column, row in ((8 + i, j + 4), (12 + i, j + 2)):
+            if row < 7 and column < 24:
                 wanted[1 + k, row, column] += 2 * number
     assert add_boxes(seed, 2, span)[0, 0].tolist() == wanted.tolist()
 
 
 def test_reductions_add_after_they_have_read() -> None:
     """A sum is read after each kind of wait, and written to the tensor's first place."""
-    look = f"ld.global.f32 %f2, [%rd1+{4 * (168 + 24 + 12)}]; st.global.f32 [%rd1], %f2;"  # in row 1 of plane 1
+    look = f"ld.global.f32 %f2, [%rd1+{4 * (168 + 4 * 24 + 12)}]; st.global.f32 [%rd1], %f2;"  # in row 4 of plane 1
     seen = {kind: set[float]() for kind in ("", ".read")}
     for seed in range(10):
         for kind, sums in seen.items():
             sums.add(float(add_boxes(seed, wait=f"cp.async.bulk.wait_group{kind} 0; {look}").flat[0]))
-    assert seen[""] == {0.5 + 36 + 16}
+    assert seen[""] == {0.5 + 4 + 32}
     assert len(seen[".read"]) > 1
 
 
@@ -267,6 +268,7 @@ OVERWRITE = "st.shared.u32 [%r20], 1;"
         ({"wait": "", "end": "bar.sync 0; st.shared.u32 [%r3], 1; cp.async.bulk.wait_group 0;"}, RaceError),
         ({"end": "setp.eq.s32 %p1, %r1, 64; @%p1 st.shared.u32 [%r3], 1;"}, RaceError),
         ({"from": "%r20+16"}, DescriptorError),
+        ({"row": "-1"}, DescriptorError),
         ({"from": "%r20+16384"}, OutOfBoundsError),
         ({"add": ADD.replace("add", "min")}, UnsupportedError),
         ({"add": ADD.replace("5d", "4d")}, UnsupportedError),

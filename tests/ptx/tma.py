@@ -131,11 +131,13 @@ class Store(Copy):
 
 
 class Reduction(Store):
-    """A store of 32-bit floats that adds them to what is there."""
+    """A store of 32-bit floats that adds them to what is there; it cannot begin below 0, as an H100 showed."""
 
     def __init__(self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int) -> None:
         if tensor.size != 4:
             raise DescriptorError(f"{tensor}: only float32 is added")
+        if min(coordinates) < 0:
+            raise DescriptorError(f"a reduction at {tuple(coordinates)}: an illegal instruction")
         super().__init__(warp, tensor, coordinates, address)
 
     def _write(self, target: np.ndarray, index: np.ndarray) -> None:
