@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from gna_flex import GNA
 from gna_flex.cuda.backward import BackwardConfig
 from gna_flex.cuda.kernel import Config
+from gna_flex.cuda.tables import KernelTiles
 
 PROBLEMS = {name: problem for name, problem in HOPPER.items() if name != "three warpgroups"}
 PROBLEMS["text, grouped heads, some of it valid"] = Problem(
@@ -46,14 +47,26 @@ def gradients(
     return *(rounded(x) for x in (of_scores @ wide[0], dk, dv)), lse, delta
 
 
-def pass_config(config: Config, rows_are_keys: bool) -> BackwardConfig:
-    """The configuration of a pass with the sizes of one of the forward."""
-    sizes = {field.name: getattr(config, field.name) for field in fields(config)}
-    return BackwardConfig(**sizes, rows_are_keys=rows_are_keys)
+PASSES = ("queries", "keys", "fused")
 
 
-def check_pass(problem: Problem, rows_are_keys: bool, seed: int, **options: Any) -> None:
-    """Runs one pass of a problem and compares its gradients with float64."""
+def pass_shapes(problem: Problem, kind: str) -> tuple[BackwardConfig, KernelTiles]:
+    """The configuration and tiles of a pass with the sizes of those of the forward; a fused one has slots of 64."""
+    sizes = {field.name: getattr(problem.config, field.name) for field in fields(problem.config)}
+    config, tiles = BackwardConfig(**sizes, rows_are_keys=kind != "queries", fused=kind == "fused"), problem.tiles
+    if kind != "fused":
+        return config, tiles
+    sides = list(tiles.kv_tile)
+    while math.prod(sides) > 64:
+        sides[sides.index(max(sides))] //= 2
+    while math.prod(sides) <= 32:
+        sides[sides.index(max(sides))] *= 2
+    rows = 1 if config.head_dim == 128 else config.query_stages  # as much as fits
+    return replace(config, keys=64, query_stages=rows), replace(tiles, kv_tile=tuple(sides), kv_slots=64)
+
+
+def check_pass(problem: Problem, kind: str, seed: int, **options: Any) -> None:
+    """Runs one pass of a problem, of :data:`PASSES`, and compares its gradients with float64."""
     q, k, v = problem.tensors()
     grad, keep = torch.randn_like(q), problem.keep()
     scale = q.shape[-1] ** -0.5 if problem.scale is None else problem.scale
@@ -61,17 +74,16 @@ def check_pass(problem: Problem, rows_are_keys: bool, seed: int, **options: Any)
     low = gradients(q, k, v, grad, keep, scale, q.dtype)
     results = backward.run(
         (problem.gnas,) if isinstance(problem.gnas, GNA) else problem.gnas,
-        (k, v, q, grad) if rows_are_keys else (q, grad, k, v),
+        (q, grad, k, v) if kind == "queries" else (k, v, q, grad),
         torch.stack([lse * math.log2(math.e), delta * scale], -1).float(),
-        pass_config(problem.config, rows_are_keys),
-        problem.tiles,
+        *pass_shapes(problem, kind),
         seed,
         blocks=problem.blocks,
         scale=scale,
         text_valid=torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None,
         **options,
-    )[: 1 + rows_are_keys]
-    for i, result in enumerate(results, rows_are_keys):
+    )
+    for i, result in enumerate(results, kind == "keys"):
         name = ("query", "key", "value")[i]
         assert result.isfinite().all(), name
         assert_within_budget(name, result, exact[i], low[i], factor=2.0)

@@ -9,14 +9,21 @@ import pytest
 from machine_code import disassembler, kinds, needs_nvrtc, opcodes
 
 from gna_flex.cuda import jit
-from gna_flex.cuda.backward import OPERANDS, BackwardConfig, StatisticsParams, backward_parameters, default_config
+from gna_flex.cuda.backward import OPERANDS, BackwardConfig, backward_parameters, can_fuse, default_config
 from gna_flex.cuda.config import SHARED_LIMIT
+from gna_flex.cuda.rows import RoundParams, StatisticsParams
+from gna_flex.cuda.tables import ROWS
 
 needs_nvrtc()
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 
-DEFAULTS = [default_config(head_dim, keys) for head_dim in BackwardConfig.head_dims for keys in (False, True)]
+DEFAULTS = [
+    default_config(head_dim, keys, fused)
+    for head_dim in BackwardConfig.head_dims
+    for keys, fused in ((False, False), (True, False), (True, True))
+    if can_fuse(head_dim) or not fused
+]
 CONFIGS = [
     *DEFAULTS,
     *(replace(config, float16=True) for config in DEFAULTS),
@@ -33,7 +40,7 @@ def spill_budget(config: BackwardConfig) -> int:
 
 
 def name_of(config: BackwardConfig) -> str:
-    parts = [f"d{config.head_dim}", "keys" if config.rows_are_keys else "queries"]
+    parts = [f"d{config.head_dim}", "fused" if config.fused else "keys" if config.rows_are_keys else "queries"]
     return "-".join([*parts, *(["text"] if config.text else []), *(["f16"] if config.float16 else [])])
 
 
@@ -45,8 +52,9 @@ def built(config: BackwardConfig) -> jit.Cubin:
     """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
     params = backward_parameters(config.map_sets)
     facts = {"kSharedBytes": config.shared_bytes, "sizeof(BackwardParams)": ctypes.sizeof(params)}
-    facts["sizeof(BackwardMaps)"] = 128 * len(OPERANDS) * (config.map_sets + 2 * config.text)
-    for field in ("statistics", "rows2", "scale", "items", "o"):
+    operands = len(OPERANDS) + config.fused
+    facts["sizeof(BackwardMaps)"] = 128 * operands * (config.map_sets + 2 * config.text)
+    for field in ("statistics", "rows2", "dq", "scale", "items", "o"):
         facts[f"__INTADDR__(&(((BackwardParams*)0)->{field}))"] = getattr(params, field).offset
     checks = "\n".join(f'static_assert({fact} == {value}, "Python has {value}");' for fact, value in facts.items())
     source = f"{config.source()}\n{checks}\n"
@@ -72,21 +80,26 @@ def test_instructions(config: BackwardConfig, tmp_path: Path) -> None:
     lines = opcodes(built(config).code, tmp_path)
     found = kinds(lines)
     scores, values = config.head_dim // 16, config.keys // 16
-    assert found["HGMMA"] == 2 * scores + (1 + config.rows_are_keys) * values
+    of_queries = config.consumers * ROWS // 16 * config.fused
+    assert found["HGMMA"] == 2 * scores + (1 + config.rows_are_keys) * values + of_queries
     assert found["UTMALDG"] > 0
     assert found["UTMASTG"] > 0
+    assert (found["UTMAREDG"] > 0) == config.fused
     products = [i for i, line in enumerate(lines) if "HGMMA" in line]
     spills = [i for i, line in enumerate(lines) if line.startswith(("STL", "LDL"))]
     assert not [i for i in spills if products[0] <= i <= products[-1]]
 
 
-def test_statistics() -> None:
-    """The small kernel before both passes: layout of its parameters, no spills."""
-    source = (jit.source_folder() / "hopper" / "statistics.cu").read_text()
-    facts = {"sizeof(Statistics)": ctypes.sizeof(StatisticsParams)}
-    for field, *_ in StatisticsParams._fields_:
-        facts[f"__INTADDR__(&(((Statistics*)0)->{field}))"] = getattr(StatisticsParams, field).offset
+@pytest.mark.parametrize(
+    ("name", "kind", "params"), [("statistics", "Statistics", StatisticsParams), ("round", "Rounding", RoundParams)]
+)
+def test_kernels_of_rows(name: str, kind: str, params: type[ctypes.Structure]) -> None:
+    """The small kernels before and after: layout of their parameters, no spills."""
+    source = (jit.source_folder() / "hopper" / f"{name}.cu").read_text()
+    facts = {f"sizeof({kind})": ctypes.sizeof(params)}
+    for field, *_ in params._fields_:
+        facts[f"__INTADDR__(&((({kind}*)0)->{field}))"] = getattr(params, field).offset
     checks = "\n".join(f'static_assert({fact} == {value}, "Python has {value}");' for fact, value in facts.items())
     for float16 in (0, 1):
-        code = jit.compile(f"{source}\n{checks}\n", defines={"FLOAT16": float16}, name="statistics.cu", include={})
+        code = jit.compile(f"{source}\n{checks}\n", defines={"FLOAT16": float16}, name=f"{name}.cu", include={})
         assert jit.spills(code.log) == 0

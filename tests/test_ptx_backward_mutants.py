@@ -17,7 +17,7 @@ from machine_code import needs_nvrtc
 
 needs_nvrtc()
 
-from backward_problems import check_pass, pass_config  # noqa: E402
+from backward_problems import PASSES, check_pass, pass_shapes  # noqa: E402
 from kernel_mutants import ALL, ENDLESS, Mutation  # noqa: E402
 from kernel_problems import TWO, Problem  # noqa: E402
 from ptx.backward import HostPass  # noqa: E402
@@ -43,16 +43,16 @@ RUNS = (
 class PassMutation(Mutation):
     """Mutants of one pass."""
 
-    rows_are_keys: bool = False
+    kind: str = ""
 
     @cached_property
     def text(self) -> str:
         problem, _ = self.runs[0]
-        config = pass_config(problem.config, self.rows_are_keys)
-        return ptx(HostPass((problem.gna,), config, problem.tiles, config.head_dim, False).config)
+        config, tiles = pass_shapes(problem, self.kind)
+        return ptx(HostPass((problem.gna,), config, tiles, config.head_dim, False).config)
 
     def run(self, problem: Problem, seed: int, mutant: str) -> None:
-        check_pass(problem, self.rows_are_keys, seed, change=lambda _: mutant, most=ENDLESS)
+        check_pass(problem, self.kind, seed, change=lambda _: mutant, most=ENDLESS)
 
 
 def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
@@ -65,11 +65,11 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
 
 
 NAMES = [name for name in CHANGES if name != "no shuffle"]  # it has none
-PASSES = {keys: PassMutation(RUNS, CHANGES, cannot_matter_here, rows_are_keys=keys) for keys in (False, True)}
+MUTATIONS = {kind: PassMutation(RUNS, CHANGES, cannot_matter_here, kind=kind) for kind in PASSES}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows_are_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("name", NAMES if ALL else QUICK)
-def test_mutants_are_caught(name: str, rows_are_keys: bool) -> None:
-    assert PASSES[rows_are_keys].survivors(name) == []
+def test_mutants_are_caught(name: str, kind: str) -> None:
+    assert MUTATIONS[kind].survivors(name) == []

@@ -139,7 +139,9 @@ def test_every_pair_is_met_exactly_once(seed):
 def test_every_pair_is_met_exactly_once_where_rows_are_keys(seed):
     rng = random.Random(100 + seed)
     for _ in range(40):
-        assert_exact(Transposed.of(random_gna(rng, text=TEXT)), random_tiles(rng))
+        gna, tiles = Transposed.of(random_gna(rng, text=TEXT)), random_tiles(rng)
+        assert_exact(gna, tiles)
+        assert (work_records(gna, tiles)[:, KEY_START] >= 0).all(), "sums are added to boxes that start in the grid"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -173,24 +175,25 @@ def test_chosen_cases(gna, tiles):
     assert_exact(gna, tiles)
 
 
-def brute_force(lo: int, hi: int, free_lo: int, free_hi: int, side: int) -> int:
-    """Most free boxes over every start that covers the union with the fewest boxes."""
+def brute_force(lo: int, hi: int, free_lo: int, free_hi: int, side: int, least: int) -> int:
+    """Most free boxes over every start from ``least`` on that covers the union with the fewest boxes."""
     total = math.ceil((hi - lo) / side)
     return max(
         sum(free_lo <= start + i * side and start + (i + 1) * side <= free_hi for i in range(total))
-        for start in range(hi - total * side, lo + 1)
+        for start in range(max(hi - total * side, least), lo + 1)
     )
 
 
-@given(*(st.integers(0, 40) for _ in range(3)), st.integers(1, 40), st.integers(1, 50))
-def test_key_boxes_are_as_free_as_possible(lo, skip, width, rest, side):
+@given(*(st.integers(0, 40) for _ in range(3)), st.integers(1, 40), st.integers(1, 50), st.booleans())
+def test_key_boxes_are_as_free_as_possible(lo, skip, width, rest, side, below):
     hi = lo + max(skip, width) + rest
     free_lo, free_hi = min(lo + skip, hi - 1), min(lo + width, hi)
-    boxes = key_boxes(*np.array([lo, hi, free_lo, free_hi, side]))
+    boxes = key_boxes(*np.array([lo, hi, free_lo, free_hi, side]), below=below)
     start, total, free, free_total = map(int, boxes)
     assert total == math.ceil((hi - lo) / side)
-    assert hi - total * side <= start <= lo
-    assert free_total == brute_force(lo, hi, free_lo, free_hi, side)
+    least = hi - total * side if below else 0
+    assert max(hi - total * side, least) <= start <= lo
+    assert free_total == brute_force(lo, hi, free_lo, free_hi, side, least)
     inside = [i for i in range(total) if free_lo <= start + i * side and start + (i + 1) * side <= free_hi]
     assert inside == list(range(free, free + free_total))
 

@@ -33,7 +33,7 @@ struct alignas(16) Work {
   u32 full[3];
   int text[2];                 // text tokens that count
   int key_head, k_column, v_column, k_place, v_place;
-  int unused[2];
+  int dq_column, dq_place;     // in a fused backward: where sums of the queries' gradients start
 };
 
 enum { kNoMask = 0, kWindowMask = 1, kCountMask = 2 };
@@ -71,15 +71,18 @@ struct Maps {
   TensorMap q[MAP_SETS + 2 * TEXT], k[MAP_SETS + 2 * TEXT], v[MAP_SETS + 2 * TEXT], o[MAP_SETS + 2 * TEXT];
 };
 
-// The two passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the
+// The passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the
 // other way round. `q` leads to rows1 and the gradients, `k` and `v` to what streams by.
 struct BackwardParams : Params {
   const float2* statistics;  // [batch, heads of queries, tokens]: log-sum-exp in base 2, and delta
-  Address rows2;
+  Address rows2, dq;
   float scale;
 };
 
 struct BackwardMaps {
   TensorMap rows1[MAP_SETS + 2 * TEXT], rows2[MAP_SETS + 2 * TEXT], inner1[MAP_SETS + 2 * TEXT], inner2[MAP_SETS + 2 * TEXT],
       out1[MAP_SETS + 2 * TEXT], out2[MAP_SETS + 2 * TEXT];
+#if defined(FUSED) && FUSED
+  TensorMap dq[MAP_SETS + 2 * TEXT];
+#endif
 };

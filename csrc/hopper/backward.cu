@@ -1,13 +1,16 @@
-// Attention backward for Hopper (sm_90a), deterministic: one pass for queries' gradients, one for those of keys and values.
+// Attention backward for Hopper (sm_90a). Two passes, deterministic: one for queries' gradients, one for those of keys and
+// values. Or a single one.
 //
-// Compile-time: as in forward.cu, and ROWS_ARE_KEYS. QUERY_STAGES are slots of rows, KEY_STAGES of what streams by.
+// Compile-time: as in forward.cu, and ROWS_ARE_KEYS, FUSED. QUERY_STAGES are slots of rows, KEY_STAGES of what streams by.
 //
-// Both passes are one kernel. Rows, a box of at most 64 for each consumer, stay; boxes of what they meet stream by:
+// All passes are one kernel. Rows, a box of at most 64 for each consumer, stay; boxes of what they meet stream by:
 //   ROWS_ARE_KEYS 0: rows are queries and gradients of their outputs; keys and values stream.     dQ += dS K
 //   ROWS_ARE_KEYS 1: rows are keys and values; queries and gradients of their outputs stream.     dV += P^T dO, dK += dS^T Q
+//   FUSED 1:         as before, and dS goes to shared memory: both consumers multiply it by all keys, half of the columns
+//                    each, and tensor copies add that to sums in global memory, in an order that nobody knows.
 // Of each pair, scores come from the first products' (rows1 inner1^T), gradients of weights from the second (rows2 inner2^T):
 //   P = 2^(scores * scale - lse),  dS = P (dP - delta),  delta = sum(dO O) over columns, less the gradient of the log-sum-exp.
-// P and dS are accumulators that become operands in registers; nothing is added up by atomics, so results repeat in every bit.
+// P and dS are accumulators that become operands in registers. Without FUSED results repeat in every bit.
 //
 // Names of the forward are kept: "queries" are the rows of an item and "keys" what streams by. Items, their boxes and windows
 // come from the same tables, built for the inverse windows where rows are keys; see gna_flex/cuda/backward.py.
@@ -15,21 +18,27 @@
 #include "hopper/masks.cuh"
 #include "hopper/products.cuh"
 
-constexpr bool kRowsAreKeys = ROWS_ARE_KEYS;
+constexpr bool kRowsAreKeys = ROWS_ARE_KEYS, kFused = FUSED;
 constexpr int kStages = KEY_STAGES, kRowStages = QUERY_STAGES;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
+// The next item is taken when so many boxes are left: long enough before its rows are needed, and so late that CTAs with
+// neighboring items, which begin one after the other, meet the same boxes at about the same time: those are in the L2 cache.
+constexpr int kFewBoxes = 8;
 // Registers of a thread. Where rows are keys, a consumer has two accumulators and needs all that there are; see the loop.
 constexpr int kConsumerRegisters = kRowsAreKeys ? 240 : 232, kProducerRegisters = kRowsAreKeys ? 24 : 40;
 static_assert(kConsumers == 2, "registers are shared out for two consumers");
 static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 static_assert(kHeadDim <= (kRowsAreKeys ? 128 : 256), "two accumulators of more columns leave no registers");
+static_assert(!kFused || (kRowsAreKeys && kKeys == 64 && kHeadDim != 96), "dS of 64 queries, half of the columns in one chunk");
 
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kRows1 = 0, kRows2 = kRows1 + kRowStages * kQueryBytes, kRing = kRows2 + kRowStages * kQueryBytes,
-              kTable = kRing + kStages * 2 * kKeyBytes, kWindows = kTable + (kKeys + 5) * 16 * kMaskWords,
+              kScoreGrads = kRing + kStages * 2 * kKeyBytes, kQueryGrads = kScoreGrads + kFused * kConsumers * kRows * 2 * kKeys,
+              kTable = kQueryGrads + kFused * kKeys * kHeadDim * sizeof(float), kWindows = kTable + (kKeys + 5) * 16 * kMaskWords,
               kStatistics = kWindows + kConsumers * kRows * 3 * sizeof(int2),
               kWork = kStatistics + kRowsAreKeys * kStages * kKeys * sizeof(float2), kBoxes = kWork + kRecords * sizeof(Work),
-              kBarriers = kBoxes + kStages * sizeof(KeyBox), kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages);
+              kBarriers = kBoxes + kStages * sizeof(KeyBox),
+              kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages + 1 + 3 * kFused);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
 
 // Boxes that an item meets: those of one head of queries after the other where rows are keys.
@@ -74,6 +83,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   const u32 base = shared_address(shared);
   const u32 x_full = base + kBarriers, x_empty = x_full + 8 * kRowStages, y_full = x_empty + 8 * kRowStages, y_empty = y_full + 8 * kStages,
             r_full = y_empty + 8 * kStages, r_empty = r_full + 8 * kRecords;
+  const u32 few_left = r_empty + 8 * kRecords, ds_empty = few_left + 8, dq_full = ds_empty + 8, dq_empty = dq_full + 8;
   u32* table = (u32*)(shared + kTable);
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
@@ -81,14 +91,18 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1 + kRowsAreKeys);
+    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1 + kRowsAreKeys + kFused);
     for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, kConsumers);
     for (int i = 0; i < kStages; i++) barrier_init(y_full + 8 * i, 1 + kRowsAreKeys), barrier_init(y_empty + 8 * i, 4 * kConsumers);
+    barrier_init(few_left, 1);
+    if (kFused) {
+      barrier_init(ds_empty, 4 * kConsumers), barrier_init(dq_full, 4 * kConsumers), barrier_init(dq_empty, 1);
+    }
     barrier_init_done();
   }
   fill_mask_table(table, P.keys);
-  if (box_keys < kKeys) {  // rows that no box ever fills: a weight of zero must not meet a NaN there
-    for (u32 i = kRing / 16 + threadIdx.x; i < kTable / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
+  if (kFused || box_keys < kKeys) {  // rows that no box ever fills: a weight of zero must not meet a NaN there
+    for (u32 i = (kFused ? kRows1 : kRing) / 16 + threadIdx.x; i < kScoreGrads / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
     fence_async();
   }
   __syncthreads();
@@ -96,9 +110,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   if (warpgroup == 0) {  // ---------------- producers
     give_registers<kProducerRegisters>();
     if (warp == 0 && lane == 0) {  // items and their rows
-      Stage R{0, 1}, X{0, 1};
-      for (int w = blockIdx.x, next;; w = next, R.next(kRecords), X.next(kRowStages)) {
-        next = atomicAdd(P.counters, 1) + gridDim.x;  // used only after this item's loads, which hides its latency
+      Stage R{0, 1}, X{0, 1}, F{0, 0};
+      for (int w = blockIdx.x;; R.next(kRecords), X.next(kRowStages), F.next(1)) {
         barrier_wait(r_empty + 8 * R.index, R.phase);
         Work& W = work[R.index];
         if (w >= P.total) {
@@ -108,12 +121,17 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         }
         const Queries queries = describe<kRowsAreKeys>(W, P, w, box_keys);
         const int lengths = W.lengths;
+#if FUSED
+        W.dq_column = first_column(P.dq, 0, queries.item.group), W.dq_place = W.key_head * P.dq.head_place + queries.batch * P.dq.batch_place;
+#endif
         barrier_arrive(r_full + 8 * R.index);
 
         barrier_wait(x_empty + 8 * X.index, X.phase);
         const u32 full = x_full + 8 * X.index;
         load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows1 + X.index * kQueryBytes, full, maps.rows1, P.q, queries, lengths, P);
         load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows2 + X.index * kQueryBytes, full, maps.rows2, P.rows2, queries, lengths, P);
+        barrier_wait(few_left, F.phase);
+        w = atomicAdd(P.counters, 1) + gridDim.x;
       }
       // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
       if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
@@ -138,8 +156,12 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         if (lane == 0) barrier_arrive(r_empty + 8 * R.index);
       }
     };
-    if (warp == 1 && lane == 0)  // boxes that stream by
+    if (warp == 1 && lane == 0) {  // boxes that stream by
+      int left = 0;
       walk([&](const Work& W, const KeyWalk& at, int h, const Stage& Y) {
+        const int boxes = W.boxes * inner_heads(P);
+        if (left == 0) left = boxes;
+        if (left-- == min(boxes, kFewBoxes)) barrier_arrive(few_left);
         barrier_wait(y_empty + 8 * Y.index, Y.phase);
         const u32 full = y_full + 8 * Y.index, slot = base + kRing + Y.index * 2 * kKeyBytes;
         key_boxes[Y.index] = at.box(W, box_keys, kKeys);
@@ -149,6 +171,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         load_box(slot, &maps.inner1[at.set], full, k_column, at.c2, at.c1, at.c0, W.k_place + h * P.k.head_place);
         load_box(slot + kKeyBytes, &maps.inner2[at.set], full, v_column, at.c2, at.c1, at.c0, W.v_place + h * P.v.head_place);
       });
+    }
     if (kRowsAreKeys && warp == 2) {  // statistics of the queries in these boxes
       const InBox in_box(P.keys);
       walk([&](const Work& W, const KeyWalk& at, int h, const Stage& Y) {
@@ -165,17 +188,32 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         if (lane == 0) barrier_arrive(y_full + 8 * Y.index);
       });
     }
+#if FUSED
+    if (warp == 3 && lane == 0) {  // sums of queries' gradients
+      u32 phase = 0;
+      walk([&](const Work& W, const KeyWalk& at, int h, const Stage&) {
+        barrier_wait(dq_full, phase), phase ^= 1;
+        for (int i = 0; i < kHeadDim / 32; i++)
+          tensor_add(&maps.dq[at.set], base + kQueryGrads + i * kKeys * 128, (at.is_text() ? 0 : W.dq_column) + 32 * i, at.c2, at.c1, at.c0,
+                     W.dq_place + h * P.dq.head_place);
+        stores_begin(), stores_read();
+        barrier_arrive(dq_empty);
+      });
+      stores_done();
+    }
+#endif
     return;
   }
 
   // ---------------- consumers
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, lane_class = lane % 4;
-  Stage X{0, 0}, Y{0, 0}, R{0, 0};
+  Stage X{0, 0}, Y{0, 0}, R{0, 0}, D{0, 0};
   float first[kHeadDim / 2];                        // dQ or dK
   float second[kHeadDim / 2];                       // dV, where rows are keys
-  u32 p[kKeys / 4];  // weights, then gradients of scores: operands of the last two products
+  u32 p[kKeys / 4];        // weights as an operand, where rows are keys
   float lse[2], delta[2];  // of this thread's rows, where they are queries
+  u32 counts[2];           // bits of dS that count in this thread's rows, if FUSED
   // The window of row r of this thread in dimension d. In shared memory, as registers are short; only its warp meets it.
   auto window = [&](int r, int d) -> int2& { return ((int2*)(shared + kWindows))[(consumer * kRows + warp * 16 + lane / 4 + 8 * r) * 3 + d]; };
 
@@ -204,6 +242,10 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     }
     return exists ? token : -1;
   };
+  // Whether a thread's row r is a key of text that does not count.
+  auto ignored = [&](const Work& W, int r) {
+    return TEXT && kRowsAreKeys && is_text(W) && P.text_valid && position(W, r, 2) >= P.text_valid[2 * (W.head / P.heads) + W.kind - 1];
+  };
   auto own_rows = [&](u32 first_row) { return base + first_row + X.index * kQueryBytes + consumer * kRows * kRowBytes; };
 
   // Begins an item: no gradients yet, windows and statistics of this thread's rows.
@@ -217,6 +259,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         const float2 known = token < 0 ? make_float2(-MINUS_INFINITY, 0.f) : P.statistics[(long long)W.head * P.tokens + token];
         lse[r] = known.x, delta[r] = known.y;
       }
+      if (kFused) counts[r] = token_of(W, r) < 0 || ignored(W, r) ? 0 : ~0u;
       if (W.masked && lane_class < 3) {
         const int d = lane_class, length = P.length[W.lengths][d], at = min(position(W, r, d), length - 1);
         window(r, d) = is_text(W) ? make_int2(0, length) : P.windows[W.windows + P.window_row[W.lengths][d] + at];
@@ -265,10 +308,10 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   };
   // Gradients through this warpgroup's rows of a slot. Keys of text that do not count have none.
   auto write = [&](const Work& W, float (&x)[kHeadDim / 2], u32 to) {
-    if (TEXT && kRowsAreKeys && is_text(W) && P.text_valid)
+    if (TEXT && kRowsAreKeys)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        if (position(W, r, 2) >= P.text_valid[2 * (W.head / P.heads) + W.kind - 1])
+        if (ignored(W, r))
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; i++) x[i] = (i >> 1 & 1) == r ? 0.f : x[i];
 #pragma unroll
@@ -279,6 +322,41 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       store_matrices(to + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
     }
   };
+#if FUSED
+  // dS to shared memory, for both consumers: 64 queries side by side in a key's row.
+  auto share = [&](const u32 (&ds)[kKeys / 4]) {
+    const u32 to = base + kScoreGrads + (consumer * kRows + warp * 16 + lane % 16) * 128;
+#pragma unroll
+    for (int g = 0; g < kKeys / 16; g++)
+      store_matrices(to + ((2 * g + lane / 16) ^ (lane & 7)) * 16, ds[4 * g] & counts[0], ds[4 * g + 1] & counts[1], ds[4 * g + 2] & counts[0],
+                     ds[4 * g + 3] & counts[1]);
+    fence_async();
+  };
+  // This consumer's columns of dQ of a box: dS K over all keys.
+  auto multiply_shared = [&](float (&dq)[kHeadDim / 4]) {
+    const u32 keys = base + kRows1 + X.index * kQueryBytes, column = consumer * kHeadDim / 2;
+    const u32 from = keys + column / kColumns * kQueryChunk + column % kColumns * 2;
+#pragma unroll
+    for (int i = 0; i < kConsumers * kRows / 16; i++)
+      mma_dq(dq, operand<128>(base + kScoreGrads + i * 16 * 128, 16, 8 * 128), operand(from + i * 16 * kRowBytes, 16, 8 * kRowBytes), i != 0);
+  };
+  // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Of these, pieces 2 q and 2 q + 1 are
+  // what thread q of four holds, so that no bank is met twice; round.cu puts columns in order.
+  auto hand_over = [&](const float (&dq)[kHeadDim / 4]) {
+    const u32 first_pair = consumer * (kHeadDim / 32);  // of pieces
+    const u32 to = base + kQueryGrads + first_pair / 2 * kKeys * 128 + row_of(0) * 128 + ((2 * lane_class + first_pair % 2) ^ (lane / 4)) * 16;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 32; i++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float* x = dq + 8 * i + 2 * r;
+        store_four((to ^ i % 2 * 16) + i / 2 * kKeys * 128 + r * 8 * 128, x[0], x[1], x[4], x[5]);
+      }
+    fence_async();
+    __syncwarp();
+    release(dq_full);
+  };
+#endif
   auto store_box = [&](const Work& W, u32 from, const TensorMap* map) {
     const int b = W.head / P.heads, h = W.head % P.heads;
     const bool text = is_text(W);
@@ -298,8 +376,9 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     const u32 rows1 = own_rows(kRows1), rows2 = own_rows(kRows2);
     u32 used = 0;  // the slot of the last box, to be given back once its last product is done
 #pragma unroll 1
-    for (int j = 0; j < boxes; j++, Y.next(kStages)) {
+    for (int j = 0; j < boxes; j++, Y.next(kStages), D.next(1)) {
       float s[kKeys / 2], d[kKeys / 2];
+      u32 ds[kKeys / 4];
       const u32 slot = base + kRing + Y.index * 2 * kKeyBytes;
       const float* statistics = (const float*)(shared + kStatistics) + Y.index * 2 * kKeys;
       barrier_wait(y_full + 8 * Y.index, Y.phase);
@@ -311,25 +390,42 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       mma_commit();
       mma_wait<1>(), keep(s), keep(first);
       if (j > 0) release(used);
+      used = y_empty + 8 * Y.index;
       weigh(s, box, statistics);
+      if (kRowsAreKeys) to_operand(s, p);
+      mma_wait<0>(), keep(d);
+      differentiate(s, d, statistics);
+      to_operand(s, ds);
+      // No product is in flight while operands are packed: else the compiler would need further registers, and serialise all.
+#if FUSED
+      float dq[kHeadDim / 4];
+      barrier_wait(ds_empty, D.phase ^ 1);
+      share(ds);
+      keep(dq);
+#endif
+      mma_fence();
       if (kRowsAreKeys) {
-        to_operand(s, p);
-        mma_fence();
         add_values(second, p, slot + kKeyBytes);
         mma_commit();
       }
-      // All are waited for, as the compiler would need further registers for operands beside those of a product in flight.
-      mma_wait<0>(), keep(d);
-      if (kRowsAreKeys) keep(second);
-      differentiate(s, d, statistics);
-      to_operand(s, p);
-      mma_fence();
-      add_values(first, p, slot);
+#if FUSED
+      named_barrier(1 + kConsumers, 128 * kConsumers);  // the other consumer's dS, too
+      multiply_shared(dq);
       mma_commit();
-      used = y_empty + 8 * Y.index;
+#endif
+      add_values(first, ds, slot);
+      mma_commit();
+      if (kRowsAreKeys) mma_wait<1>(), keep(second);
+#if FUSED
+      keep(dq);
+      release(ds_empty);
+      barrier_wait(dq_empty, D.phase ^ 1);
+      hand_over(dq);
+#endif
     }
     mma_wait<0>(), keep(first);
     release(used);
+    if (kFused) barrier_wait(ds_empty, D.phase ^ 1);  // the other consumer has used the keys whose place results take
     write(W, first, rows1);
     if (kRowsAreKeys) write(W, second, rows2);
     fence_async();

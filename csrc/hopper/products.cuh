@@ -12,8 +12,9 @@ static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "head dims are multiples of
 static_assert(kKeys % 16 == 0, "the second multiplication takes 16 keys at a time");
 
 // Shared-memory operand: 128-byte or 64-byte swizzle; distances in bytes.
+template <int kSwizzle = kRowBytes>
 __device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
-  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kColumns == 64 ? 1ull : 2ull) << 62;
+  return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kSwizzle == 128 ? 1ull : 2ull) << 62;
 }
 
 __device__ __forceinline__ void scores(float (&s)[kKeys / 2], u32 q, u32 k) {

@@ -1,8 +1,9 @@
-"""Runs the Hopper backward kernel: two passes, one for gradients of queries, one for those of keys and values.
+"""Runs the Hopper backward kernel: one fused pass; or two, for gradients of queries, and for those of keys and values.
 
-Both are one kernel, ``csrc/hopper/backward.cu``, whose rows are queries or keys. Plans, records and tensor maps are
+All are one kernel, ``csrc/hopper/backward.cu``, whose rows are queries or keys. Plans, records and tensor maps are
 those of the forward; where rows are keys they are built for the exchanged neighborhood,
-:class:`gna_flex.cuda.tables.Transposed`. Nothing is added up by atomics: results repeat in every bit.
+:class:`gna_flex.cuda.tables.Transposed`. Two passes repeat in every bit. A fused one computes five products instead of
+seven, and adds gradients of queries up in an order that differs from run to run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gna_flex.cuda import driver, jit
+from gna_flex.cuda import driver, rows
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.forward import (
     LOG2_E,
@@ -30,7 +31,7 @@ from gna_flex.cuda.forward import (
     parameters,
     small,
 )
-from gna_flex.cuda.kernel import Config
+from gna_flex.cuda.kernel import Config, multiply_shared
 from gna_flex.cuda.shapes import choose
 from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed
 from gna_flex.neighborhood import GNA
@@ -49,9 +50,11 @@ class BackwardConfig(Config):
         rows_are_keys: the pass for gradients of keys and values, instead of that for queries.
         query_stages: slots of rows.
         key_stages: slots of what streams by.
+        fused: the pass for keys and values adds up those for queries, too.
     """
 
     rows_are_keys: bool = False
+    fused: bool = False
 
     direction: ClassVar[str] = "backward"
     head_dims: ClassVar[tuple[int, ...]] = (32, 64, 96, 128)
@@ -61,26 +64,36 @@ class BackwardConfig(Config):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> BackwardConfig(128, 96, query_stages=1, key_stages=3).shared_bytes
-        218080
+        218088
         """
-        rows, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
+        slots, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
         tables = (self.keys + 5) * 16 * -(-self.keys // 128) + self.consumers * ROWS * 24
         tables += 8 * self.keys * self.key_stages * self.rows_are_keys + 2 * 128 + 16 * self.key_stages
-        return (rows + ring) * self.head_dim * 2 + tables + 8 * (2 * 2 + 2 * self.query_stages + 2 * self.key_stages)
+        shared = (2 * self.consumers * ROWS * self.keys + 4 * self.keys * self.head_dim) * self.fused
+        barriers = 2 * 2 + 2 * self.query_stages + 2 * self.key_stages + 1 + 3 * self.fused
+        return (slots + ring) * self.head_dim * 2 + shared + tables + 8 * barriers
 
     def defines(self) -> dict[str, int]:
         """Macros of the kernel's source."""
-        return super().defines() | {"ROWS_ARE_KEYS": int(self.rows_are_keys)}
+        return super().defines() | {"ROWS_ARE_KEYS": int(self.rows_are_keys), "FUSED": int(self.fused)}
+
+    def generated_header(self) -> str:
+        """``hopper/generated.cuh``, with the product of two transposed operands that a fused pass has."""
+        kind = "f16" if self.float16 else "bf16"
+        more = multiply_shared("mma_dq", self.head_dim // 2, kind, transposed=True) if self.fused else ""
+        return super().generated_header() + more
 
 
-def default_config(head_dim: int, rows_are_keys: bool) -> BackwardConfig:
+def default_config(head_dim: int, rows_are_keys: bool, fused: bool = False) -> BackwardConfig:
     """The configuration of a pass for a head dim."""
     padded = BackwardConfig.padded(head_dim)
-    if padded > 64:
+    if fused:
+        keys, rows, stages = (64, 1, 3) if padded > 64 else (64, 2, 3)
+    elif padded > 64:
         keys, rows, stages = (64, 1, 4) if rows_are_keys else (96, 1, 3)
     else:
         keys, rows, stages = (96, 2, 4) if rows_are_keys else (128, 2, 3)
-    return BackwardConfig(padded, keys, query_stages=rows, key_stages=stages, rows_are_keys=rows_are_keys)
+    return BackwardConfig(padded, keys, query_stages=rows, key_stages=stages, rows_are_keys=rows_are_keys, fused=fused)
 
 
 @functools.lru_cache(maxsize=16)
@@ -88,7 +101,7 @@ def backward_parameters(map_sets: int) -> type[ctypes.Structure]:
     """``BackwardParams`` of ``csrc/common/records.cuh``."""
 
     class BackwardParams(parameters(map_sets)):  # type: ignore[misc]
-        _fields_ = (("statistics", ctypes.c_void_p), ("rows2", Address), ("scale", ctypes.c_float))
+        _fields_ = (("statistics", ctypes.c_void_p), ("rows2", Address), ("dq", Address), ("scale", ctypes.c_float))
 
     return BackwardParams
 
@@ -106,23 +119,30 @@ class Pass(Plan):
         return backward_parameters(map_sets)
 
     def _shapes(self, map_sets: int) -> tuple[KernelConfig, KernelTiles]:
-        request, gnas = self.request, tuple(dict.fromkeys(self.request.gnas))
-        config = request.config or default_config(request.head_dim, isinstance(self.gna, Transposed))
+        request, gnas, config = self.request, tuple(dict.fromkeys(self.request.gnas)), self.request.config
+        assert isinstance(config, BackwardConfig)
         tiles = request.tiles or choose(gnas, config.keys, config.groups)
         dilated, text = max(self.gna.dilation) > 1, any(self.text)
         return replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=text), tiles
 
-    def launch(self, tensors: Sequence[Tensor], statistics: Tensor, scale: float, text_valid: Tensor | None) -> None:
+    def launch(
+        self,
+        tensors: Sequence[Tensor],
+        statistics: Tensor,
+        scale: float,
+        text_valid: Tensor | None,
+        sums: Tensor | None = None,
+    ) -> None:
         """Launches the pass on the current stream; see :meth:`pass_arguments`."""
         index = self.request.device
         stream, capturing = current_stream(index), torch.cuda.is_current_stream_capturing()
         valid = 0 if text_valid is None else text_valid.data_ptr()
         layouts = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
-        call = (*layouts, statistics.data_ptr(), scale, stream, valid)
+        call = (*layouts, statistics.data_ptr(), scale, stream, valid, 0 if sums is None else sums.data_ptr())
         arguments = None if capturing else self._known.get(call)
         if arguments is None:
             counters = launch_counters(self, stream, capturing)
-            arguments = self.pass_arguments(tensors, statistics, counters, scale, text_valid)
+            arguments = self.pass_arguments(tensors, statistics, counters, scale, text_valid, sums)
             if not capturing:
                 self._known.keep(call, arguments)
         grid = (min(self.processors, arguments.values[1].total), 1, 1)
@@ -130,75 +150,52 @@ class Pass(Plan):
         driver.launch(self.kernel, grid, block, shared, stream, arguments, index)
 
     def pass_arguments(
-        self, tensors: Sequence[Tensor], statistics: Tensor, counters: Tensor, scale: float, text_valid: Tensor | None
+        self,
+        tensors: Sequence[Tensor],
+        statistics: Tensor,
+        counters: Tensor,
+        scale: float,
+        text_valid: Tensor | None,
+        sums: Tensor | None = None,
     ) -> driver.Arguments:
         """Tensor maps and parameters of a launch with these tensors, in the order of :data:`OPERANDS`.
 
-        ``statistics``: float32 ``[B, H, S, 2]`` of all queries. Both results have the same strides.
+        ``statistics``: float32 ``[B, H, S, 2]`` of all queries. Both results have the same strides. ``sums``: of the
+        queries' gradients, float32 ``[B, H, S, D]``, contiguous, for a fused pass.
         """
-        rows, inner = tensors[0], tensors[2]
+        outer, inner = tensors[0], tensors[2]
         sets = self.config.map_sets + 2 * self.config.text
-        maps = driver.TensorMaps(len(OPERANDS) * sets)
+        maps = driver.TensorMaps((len(OPERANDS) + self.config.fused) * sets)
         params = type(self.params).from_buffer_copy(self.params)
         places = {"rows1": "q", "rows2": "rows2", "inner1": "k", "inner2": "v", "out1": "o", "out2": "o"}
         for operand, (name, x) in enumerate(zip(OPERANDS, tensors, strict=True)):
             setattr(params, places[name], self._encode(maps, operand * sets, x, is_keys=name.startswith("inner")))
         params.counters, params.statistics = counters.data_ptr(), statistics.data_ptr()
+        if sums is not None:
+            params.dq = self._encode(maps, len(OPERANDS) * sets, sums, is_keys=True)
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale, params.scale_log2 = scale, (scale if scale else SMALLEST_SCALE) * LOG2_E
-        params.total = small("work items", params.items_per_head * rows.shape[0] * rows.shape[1])
-        params.text_total = params.text_items * rows.shape[0] * rows.shape[1]
-        heads = sorted((rows.shape[1], inner.shape[1]))
-        params.heads, params.queries_per_key_head = rows.shape[1], heads[1] // heads[0]
+        params.total = small("work items", params.items_per_head * outer.shape[0] * outer.shape[1])
+        params.text_total = params.text_items * outer.shape[0] * outer.shape[1]
+        heads = sorted((outer.shape[1], inner.shape[1]))
+        params.heads, params.queries_per_key_head = outer.shape[1], heads[1] // heads[0]
         return driver.Arguments(maps, params)
 
 
-class StatisticsParams(ctypes.Structure):
-    """``Statistics`` of ``csrc/hopper/statistics.cu``."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("out", "grad", "lse", "grad_lse", "to")),
-        ("out_strides", ctypes.c_longlong * 3),
-        ("grad_strides", ctypes.c_longlong * 3),
-        ("rows", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim")),
-        ("scale", ctypes.c_float),
-    )
-
-
-STATISTICS_THREADS, STATISTICS_ROWS = 256, 16
-"""Threads of a CTA of the kernel of statistics, and the rows that it takes."""
-
-
-def statistics_arguments(
-    out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, to: Tensor, scale: float
-) -> driver.Arguments:
-    """Parameters of the kernel of statistics, which writes ``to``, ``[B, H, S, 2]``.
-
-    Columns of ``out`` and ``grad`` lie side by side.
-    """
-    strides = [(ctypes.c_longlong * 3)(*x.stride()[:3]) for x in (out, grad)]
-    batch, heads, tokens, head_dim = out.shape
-    pointers = (out.data_ptr(), grad.data_ptr(), lse.data_ptr(), grad_lse.data_ptr() if grad_lse is not None else None)
-    rows = batch * heads * tokens
-    return driver.Arguments(StatisticsParams(*pointers, to.data_ptr(), *strides, rows, heads, tokens, head_dim, scale))
-
-
-@functools.cache
-def statistics_kernel(float16: bool) -> driver.Kernel:
-    """The kernel of statistics."""
-    source = (jit.source_folder() / "hopper" / "statistics.cu").read_text(encoding="utf-8")
-    code = jit.compile(
-        source, arch="sm_90a", defines={"FLOAT16": int(float16)}, name="hopper_statistics.cu", include={}
-    )
-    return driver.Kernel(code.code, "gna_statistics", 0)
-
-
 @functools.lru_cache(maxsize=256)
-def passes(request: Request) -> tuple[Pass, Pass]:
-    """The two passes for a request: that of queries, and that of keys and values."""
-    exchanged = tuple(Transposed.of(gna) for gna in request.gnas)
-    return Pass(request), Pass(replace(request, gnas=exchanged))
+def pass_for(request: Request, rows_are_keys: bool, fused: bool = False) -> Pass:
+    """A pass for a request; made once."""
+    gnas = tuple(Transposed.of(gna) for gna in request.gnas) if rows_are_keys else request.gnas
+    return Pass(replace(request, gnas=gnas, config=default_config(request.head_dim, rows_are_keys, fused)))
+
+
+def can_fuse(head_dim: int) -> bool:
+    """Whether a fused pass is written for a head dim.
+
+    >>> can_fuse(128), can_fuse(96)
+    (True, False)
+    """
+    return BackwardConfig.padded(head_dim) != 96
 
 
 def backward(
@@ -212,34 +209,39 @@ def backward(
     grad_lse: Tensor | None,
     scale: float,
     text_valid: Tensor | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query ``[B, H, S, D]``, key and value ``[B, Hkv, S, D]``, on the current stream.
 
     ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head;
-    ``text_valid`` are the lengths of text, int32 ``[B, 2]``, that the forward had.
+    ``text_valid`` are the lengths of text, int32 ``[B, 2]``, that the forward had. ``deterministic``: results repeat in
+    every bit; by default what ``torch.use_deterministic_algorithms`` says.
     """
     head_dim, float16, device = query.shape[-1], query.dtype == torch.float16, query.device
     if len(set(gnas)) > 1 and key.shape[1] != query.shape[1]:
         # Heads of keys whose queries have different windows: gradients for each head of queries first.
         groups = query.shape[1] // key.shape[1]
         keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
-        dq, *grads = backward(gnas, query, keys, values, out, lse, grad_out, grad_lse, scale, text_valid)
+        call = (gnas, query, keys, values, out, lse, grad_out, grad_lse, scale, text_valid, deterministic)
+        dq, *grads = backward(*call)
         dk, dv = (x.unflatten(1, (-1, groups)).sum(2, dtype=torch.float32).to(x.dtype) for x in grads)
         return dq, dk, dv
-    index = device.index
-    of_queries, of_keys = passes(Request(gnas, head_dim, float16, index))
-    q, k, v, grad = operands(of_queries, query, key, value, grad_out)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    fused = can_fuse(head_dim) and not deterministic
+    request = Request(gnas, head_dim, float16, device.index)
+    of_keys = pass_for(request, rows_are_keys=True, fused=fused)
+    q, k, v, grad = operands(of_keys, query, key, value, grad_out)
     out = out if _has_rows(out) else out.contiguous()
-    rows = grad_out if _has_rows(grad_out) else grad
-    statistics = torch.empty(*lse.shape, 2, dtype=torch.float32, device=device)
-    stream = current_stream(index)
-    grid = (-(-lse.numel() // STATISTICS_ROWS), 1, 1)
-    lse, grad_lse = lse.contiguous(), grad_lse if grad_lse is None else grad_lse.contiguous()
-    arguments = statistics_arguments(out, rows, lse, grad_lse, statistics, scale)
-    driver.launch(statistics_kernel(float16), grid, (STATISTICS_THREADS, 1, 1), 0, stream, arguments, index)
+    statistics = rows.statistics(out, grad_out if _has_rows(grad_out) else grad, lse, grad_lse, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-    of_queries.launch((q, grad, k, v, dq, dq), statistics, scale, text_valid)
-    of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid)
+    if fused:
+        sums = torch.zeros(*q.shape[:3], of_keys.config.head_dim, dtype=torch.float32, device=device)
+        of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid, sums)
+        rows.round_sums(sums, dq)
+    else:
+        of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid)
+        pass_for(request, rows_are_keys=False).launch((q, grad, k, v, dq, dq), statistics, scale, text_valid)
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 
 

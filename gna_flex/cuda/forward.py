@@ -41,6 +41,8 @@ KERNELS: dict[str, type[KernelConfig]] = {config.folder: config for config in (C
 """Configurations of all kernels, by the kernel's name."""
 REMEMBERED_CALLS = 256
 """Calls (tensors at the same addresses) whose maps a launcher keeps."""
+SUM_COLUMNS = 32
+"""Columns of a row of shared memory that holds sums, in float32."""
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 2e-38
 """Stands for a scale of 0, which would turn masked scores of minus infinity into NaN; all weights are still equal."""
@@ -253,7 +255,8 @@ class Plan:
         dilation = [dim[3] for dim in padded_dims(self.gna)]
         columns = head_dim + (0 if places else (heads - 1) * head_stride)
         columns = small("columns", columns + sum((d - 1) * n for d, n in zip(dilation, groups, strict=True)))
-        tiles, chunk = self.tiles, self.config.columns
+        tiles, size = self.tiles, x.element_size()
+        chunk = SUM_COLUMNS if x.dtype == torch.float32 else self.config.columns
         box = tiles.kv_tile if is_keys else tiles.box
 
         def encode(
@@ -261,12 +264,12 @@ class Plan:
         ) -> None:
             driver.encode_tiled(
                 maps[first + index],
-                x.data_ptr() + 2 * start * token,
+                x.data_ptr() + size * start * token,
                 (wide, sizes[2], sizes[1], sizes[0], outer),
-                [2 * step for step in (steps[2], steps[1], steps[0], outer_stride)],
+                [size * step for step in (steps[2], steps[1], steps[0], outer_stride)],
                 (chunk, box[2], box[1], box[0], 1),
-                dtype="float16" if self.config.float16 else "bfloat16",
-                swizzle=2 * chunk,
+                dtype=str(x.dtype).removeprefix("torch."),
+                swizzle=size * chunk,
             )
 
         for index, (lengths, plain) in enumerate(zip(self.lengths, self.plain, strict=True)):

@@ -106,17 +106,17 @@ class Config(KernelConfig):
         kind = "f16" if self.float16 else "bf16"
         return (
             "#pragma once\n"
-            + _multiply_shared("mma_qk", self.keys, kind)
+            + multiply_shared("mma_qk", self.keys, kind)
             + _multiply_registers("mma_pv", self.head_dim, kind)
         )
 
 
-def _multiply_shared(name: str, columns: int, kind: str) -> str:
-    """``d[64, columns] (+)= a b`` with both operands in shared memory."""
+def multiply_shared(name: str, columns: int, kind: str, transposed: bool = False) -> str:
+    """``d[64, columns] (+)= a b`` with both operands in shared memory; transposed ones have ``k`` rows."""
     count = columns // 2
-    inputs = '"l"(a), "l"(b), "r"(accumulate)'
+    inputs, layout = '"l"(a), "l"(b), "r"(accumulate)', "1, 1" if transposed else "0, 0"
     body = f".reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-    body += _instruction(columns, kind, f"%{count}, %{count + 1}, p, 1, 1, 0, 0")
+    body += _instruction(columns, kind, f"%{count}, %{count + 1}, p, 1, 1, {layout}")
     return _wrapper(name, count, "u64 a, u64 b, int accumulate", body, inputs)
 
 

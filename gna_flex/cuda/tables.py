@@ -178,10 +178,11 @@ class KeyBoxes(NamedTuple):
     free_total: np.ndarray
 
 
-def key_boxes(lo: Any, hi: Any, free_lo: Any, free_hi: Any, side: Any) -> KeyBoxes:
+def key_boxes(lo: Any, hi: Any, free_lo: Any, free_hi: Any, side: Any, below: bool = True) -> KeyBoxes:
     """Fewest boxes of ``side`` keys that cover ``[lo, hi)``, placed to have most of them in ``[free_lo, free_hi)``.
 
-    They may reach below 0 and past the group. All arguments are arrays that broadcast together.
+    They may reach past the group and, if ``below``, below 0: where a tensor copy that adds to memory is an illegal
+    instruction on an H100, while one that reads is not. All other arguments are arrays that broadcast together.
 
     >>> [int(x) for x in key_boxes(*np.array([3, 14, 5, 13, 4]))]
     [2, 3, 1, 1]
@@ -190,6 +191,7 @@ def key_boxes(lo: Any, hi: Any, free_lo: Any, free_hi: Any, side: Any) -> KeyBox
     """
     total = ceil_div(hi - lo, side)
     slack = total * side - (hi - lo)
+    slack = slack if below else np.minimum(slack, lo)
     # Of all starts in [lo - slack, lo] this one leaves the fewest keys between free_lo and the next box boundary.
     start = lo - np.minimum(slack, (lo - free_lo) % side)
     gap = (start - free_lo) % side
@@ -209,8 +211,9 @@ def work_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
     A box needs no mask if its index is free in every dimension.
 
     A text item holds ``rows * groups`` consecutive text tokens, from column 2 on, and visits the undivided grid. Boxes
-    of text keys are not listed. Text items come first, then dilation groups, then tiles in row-major order; with a
-    causal dimension the items of the grid are sorted by their number of boxes, longest first.
+    of text keys are not listed. Text items come first, then dilation groups, then tiles in row-major order (where rows
+    are keys, with the axis of most overlap last); with a causal dimension the items of the grid are sorted by their
+    number of boxes, longest first.
 
     >>> tiles = KernelTiles((1, 1, 64), groups=2, split=2, kv_tile=(1, 1, 128), kv_slots=128)
     >>> work_records(GNA(512, 256), tiles)[:, [2, 5, 8, 11, 14]].tolist()
@@ -227,7 +230,21 @@ def _grid_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
         for place, column in enumerate(triples):
             records[..., 3 * place + axis] = column
         records[..., LENGTHS] += (shorter << axis).astype(np.int32)
+    if isinstance(gna, Transposed):
+        records = records.transpose(*_by_overlap(records, tiles), 3)
     return _ordered(_with_masked(records.reshape(-1, COLUMNS)), gna)
+
+
+def _by_overlap(records: np.ndarray, tiles: KernelTiles) -> list[int]:
+    """Axes, last the one along which neighboring tiles meet mostly the same: how often boxes are as long as a tile.
+
+    A backward pass reads 4 to 8 times what the forward does of every row that it meets, and CTAs that run side by side
+    share it in the L2 cache if they begin such neighbors together. Measured on an H100: a sixth of the DRAM traffic and
+    30 % less time for HunyuanVideo; the forward gains nothing.
+    """
+    boxes = records[..., BOXES].reshape(-1, 3).mean(axis=0)
+    overlap = boxes * tiles.kv_tile / tiles.q_tile
+    return sorted(range(3), key=lambda axis: (overlap[axis], -axis))
 
 
 def _axis_columns(dim: Dim, tiles: KernelTiles, axis: int) -> tuple[np.ndarray, ...]:
@@ -242,7 +259,8 @@ def _axis_boxes(dim: Dim, tiles: KernelTiles, axis: int) -> tuple[Spans, KeyBoxe
     length, dilation = dim[0], dim[3]
     sizes = group_length(length, dilation, np.arange(dilation))
     spans = query_spans(dim, sizes, np.full(dilation, tiles.q_tile[axis]))
-    return spans, _masked_unless_full(key_boxes(*spans[2:], tiles.kv_tile[axis]), tiles)
+    boxes = key_boxes(*spans[2:], tiles.kv_tile[axis], below=not dim.transposed)
+    return spans, _masked_unless_full(boxes, tiles)
 
 
 def _masked_unless_full(boxes: KeyBoxes, tiles: KernelTiles) -> KeyBoxes:

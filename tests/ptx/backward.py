@@ -1,4 +1,4 @@
-"""Our backward kernel in the interpreter: both passes, launched by the package's own host code, but for the driver."""
+"""Our backward kernel in the interpreter: all passes, launched by the package's own host code, but for the driver."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def run(
     text_valid: Tensor | None = None,
     change: Callable[[str], str] | None = None,
     **rules: Any,
-) -> tuple[Tensor, Tensor, Machine]:
-    """Both results of one pass, given ``rows1, rows2, inner1, inner2``; those of queries are the same tensor.
+) -> tuple[Tensor, ...]:
+    """Results of one pass, given ``rows1, rows2, inner1, inner2``: of queries, of keys and values, or of all three.
 
     ``change`` edits the PTX before; ``rules`` are options of the machine.
 
@@ -50,12 +50,23 @@ def run(
     second = torch.full_like(rows, torch.nan) if config.rows_are_keys else first
     arrays = dict(zip(backward.OPERANDS, (*tensors, first), strict=False)) | {"statistics": statistics}
     arrays |= {"out2": second} if config.rows_are_keys else {}
-    machine = launch(
+    inner = tensors[2]
+    sums = torch.zeros(*inner.shape[:3], plan.config.head_dim) if config.fused else None
+    arrays |= {"sums": sums} if sums is not None else {}
+    launch(
         plan,
-        lambda counters: plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid),
+        lambda counters: plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid, sums),
         arrays,
         Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules),
         blocks=blocks,
         text_valid=text_valid,
     )
-    return first, second, machine
+    if sums is not None:
+        return in_order(sums)[..., : inner.shape[-1]].to(inner.dtype), first, second
+    return (first, second) if config.rows_are_keys else (first,)
+
+
+def in_order(sums: Tensor) -> Tensor:
+    """Sums with their columns in order, as ``csrc/hopper/round.cu`` has it: of 32, which eight threads' pieces hold."""
+    parts = sums.unflatten(-1, (-1, 4, 2, 2, 2))  # of 32 columns: thread, 16 columns, 8 columns, column
+    return parts.permute(*range(sums.ndim), -3, -2, -4, -1).flatten(sums.ndim - 1)

@@ -1,0 +1,90 @@
+"""The small kernels around the backward: statistics of the queries before it, rounding of their gradients after it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from gna_flex.cuda import driver, jit
+from gna_flex.torch_private import current_stream
+
+THREADS = 256
+"""Threads of a CTA."""
+STATISTICS_ROWS = 16
+"""Rows of which a CTA computes statistics."""
+COLUMNS = 16
+"""Columns of sums that a thread rounds."""
+
+_Strides = ctypes.c_longlong * 3
+
+
+class StatisticsParams(ctypes.Structure):
+    """``Statistics`` of ``csrc/hopper/statistics.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "grad", "lse", "grad_lse", "to")),
+        ("out_strides", _Strides),
+        ("grad_strides", _Strides),
+        ("rows", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class RoundParams(ctypes.Structure):
+    """``Rounding`` of ``csrc/hopper/round.cu``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("sums", "to")),
+        ("strides", _Strides),
+        ("rows", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim", "pieces")),
+    )
+
+
+@functools.cache
+def kernel(name: str, float16: bool) -> driver.Kernel:
+    """``gna_<name>`` of ``csrc/hopper/<name>.cu``, for one type of 16 bits."""
+    source = (jit.source_folder() / "hopper" / f"{name}.cu").read_text(encoding="utf-8")
+    defines = {"FLOAT16": int(float16)}
+    code = jit.compile(source, arch="sm_90a", defines=defines, name=f"hopper_{name}.cu", include={})
+    return driver.Kernel(code.code, f"gna_{name}", 0)
+
+
+def _launch(name: str, x: Tensor, blocks: int, params: ctypes.Structure) -> None:
+    """Launches a kernel on the current stream of the device of ``x``, in the type of ``x``."""
+    index = x.device.index
+    run = kernel(name, x.dtype == torch.float16)
+    driver.launch(run, (blocks, 1, 1), (THREADS, 1, 1), 0, current_stream(index), driver.Arguments(params), index)
+
+
+def statistics(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, scale: float) -> Tensor:
+    """Log-sum-exp in base 2, and delta, of all queries: float32 ``[B, H, S, 2]``.
+
+    Delta is ``scale * (sum(grad * out) - grad_lse)``. ``out`` and ``grad`` are ``[B, H, S, D]``, with columns side by
+    side and rows at multiples of 16 bytes.
+    """
+    to = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
+    lse, grad_lse = lse.contiguous(), grad_lse if grad_lse is None else grad_lse.contiguous()
+    strides = [_Strides(*x.stride()[:3]) for x in (out, grad)]
+    batch, heads, tokens, head_dim = out.shape
+    pointers = (out.data_ptr(), grad.data_ptr(), lse.data_ptr(), grad_lse.data_ptr() if grad_lse is not None else None)
+    rows = batch * heads * tokens
+    params = StatisticsParams(*pointers, to.data_ptr(), *strides, rows, heads, tokens, head_dim, scale)
+    _launch("statistics", out, -(-rows // STATISTICS_ROWS), params)
+    return to
+
+
+def round_sums(sums: Tensor, to: Tensor) -> None:
+    """Writes sums, float32 ``[B, H, S, D']``, to ``[B, H, S, D]`` of 16-bit floats, with columns in their order.
+
+    ``D'`` is ``D`` or more, and a multiple of 16; columns of sums are those of ``csrc/hopper/backward.cu``.
+    """
+    batch, heads, tokens, head_dim = to.shape
+    rows, pieces = batch * heads * tokens, sums.shape[-1] // COLUMNS
+    strides = _Strides(*to.stride()[:3])
+    params = RoundParams(sums.data_ptr(), to.data_ptr(), strides, rows, heads, tokens, head_dim, pieces)
+    _launch("round", to, -(-rows * pieces // THREADS), params)
