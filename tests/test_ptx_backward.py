@@ -14,14 +14,12 @@ needs_nvrtc()
 
 from backward_problems import PASSES, PROBLEMS, check_pass  # noqa: E402
 
-from gna_flex.cuda.backward import can_fuse  # noqa: E402
-
 
 @pytest.mark.parametrize("seed", range(int(os.getenv("PTX_SEEDS", "1"))))
 @pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradients_equal_float64(name: str, kind: str, seed: int) -> None:
     problem = PROBLEMS[name]
-    if kind == "fused" and not can_fuse(problem.config.head_dim):
-        pytest.skip("no fused pass is written for this head dim")
+    if kind == "fused" and problem.config.head_dim == 96:
+        pytest.skip("no fused pass is written for head dim 96")
     check_pass(problem, kind, seed)

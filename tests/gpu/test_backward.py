@@ -162,7 +162,7 @@ def test_a_hundred_runs_are_equal_in_every_bit() -> None:
 
 
 def test_torch_decides_whether_a_pass_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, mask = some(), gna_mask(GNA_OF_SOME, device="cuda")
+    inputs, mask = some(128), gna_mask(GNA_OF_SOME, device="cuda")
     out, asked = flex_attention(*inputs, block_mask=mask), []
     pass_for = cuda_backward.pass_for
 
@@ -192,7 +192,7 @@ def test_one_tensor_as_query_and_key() -> None:
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fused"])
 def test_a_graph_of_forward_and_backward(deterministic: bool) -> None:
     """Results repeat, in a fused pass but for the order of sums, which begin at zero in each replay."""
-    inputs, mask = some(), gna_mask(GNA_OF_SOME, device="cuda")
+    inputs, mask = some(128), gna_mask(GNA_OF_SOME, device="cuda")
     grad = torch.randn_like(inputs[0])
 
     def step() -> tuple[Tensor, ...]:
