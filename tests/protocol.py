@@ -1,7 +1,8 @@
 """A model of the Blackwell kernel's barriers: its roles as waits, arrivals, reads and writes, run in every order.
 
 Barriers, their arrivals and the sizes of rings are parsed from the kernel's source. A role is a function below that
-follows the role's function in the kernel, with a value for each thing in a buffer: whoever reads says what it expects.
+follows the role's function in the kernel, as ``test_blackwell_roles.py`` makes sure, with a value for each thing in a
+buffer: whoever reads says what it expects.
 Copies finish in any order; multiplications one after the other. A role's steps end at an arrival: what comes between a
 wait and the next arrival can be moved next to the wait without hiding an error, because whatever could happen in
 between could as well happen before.
@@ -44,32 +45,24 @@ class Sizes(NamedTuple):
     items: int = 2
     boxes: int = 2
 
+    @property
+    def names(self) -> list[str]:
+        """All barriers, in the order of shared memory."""
+        return [f"{name}{i}" for name, barrier in self.barriers.items() for i in range(barrier.count)]
+
+
+def constants(source: str, *names: str) -> dict[str, int]:
+    """Numbers that the kernel's source gives names."""
+    found = {name: re.findall(rf"\b{name} = (\d+)[,;]", source) for name in names}
+    return {name: int(value) for name, (value,) in found.items()}
+
 
 def parse(source: str, key_stages: int, output_stages: int, chunks: int, items: int = 2, boxes: int = 2) -> Sizes:
     """Sizes of the kernel with this source, for a configuration and an amount of work."""
-
-    def constant(name: str) -> int:
-        (value,) = re.findall(rf"\b{name} = (\d+)[,;]", source)
-        return int(value)
-
-    known = {"kRecords": constant("kRecords"), "kTiles": constant("kTiles")}
-    known |= {"kKeyStages": key_stages, "kOutputStages": output_stages}
+    known = constants(source, "kRecords", "kTiles") | {"kKeyStages": key_stages, "kOutputStages": output_stages}
     rows = re.findall(r"^  X\((\w+), (\w+), (\d+)\)", source, re.MULTILINE)
     barriers = {name: Barrier(int(known.get(count, count)), int(arrivals)) for name, count, arrivals in rows}
     return Sizes(barriers, known["kRecords"], known["kTiles"], key_stages, output_stages, chunks, items, boxes)
-
-
-def used(source: str) -> dict[str, tuple[set[str], set[str]]]:
-    """Of each role's function in the kernel: barriers that it waits for, and that it lets arrive."""
-    bodies = {name: re.search(rf"void {name}\(.*?^}}", source, re.MULTILINE | re.DOTALL) for name in ROLES}
-    found = {}
-    for name, body in bodies.items():
-        assert body, name
-        text = body.group()
-        waits = set(re.findall(r"\bwait\((\w+)", text)) | ({"item_full"} if "C.item(R)" in text else set())
-        arrives = set(re.findall(r"\barrive\((\w+)", text)) | set(re.findall(r"\bC\.bar\((\w+)", text))
-        found[name] = waits, arrives
-    return found
 
 
 class Stage:
@@ -162,6 +155,7 @@ def multiply(m: Sizes) -> Iterator[Op]:
             S.next()
         R.next(), Q.next()
     yield from item(m.items, R)
+    yield "arrive", f"item_empty{R.index}"
 
 
 def compute_weights(m: Sizes, tile: int) -> Iterator[Op]:
@@ -220,6 +214,7 @@ def correct(m: Sizes) -> Iterator[Op]:
                 E.next()
         F.next(), done.next(), R.next()
     yield from item(m.items, R)
+    yield "arrive", f"item_empty{R.index}"
 
 
 def store_outputs(m: Sizes) -> Iterator[Op]:
@@ -270,7 +265,7 @@ def explore(m: Sizes, roles: list[Program], limit: int = 3_000_000) -> int:
     Raises:
         ProtocolError: a buffer does not hold what its reader expects, a barrier gets too many arrivals, or all wait.
     """
-    names = [f"{name}{i}" for name, barrier in m.barriers.items() for i in range(barrier.count)]
+    names = m.names
     place = {name: i for i, name in enumerate(names)}
     full = [barrier.arrivals for barrier in m.barriers.values() for _ in range(barrier.count)]
     buffers: dict[str, int] = {}

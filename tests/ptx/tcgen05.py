@@ -194,6 +194,7 @@ class Pipe:
             memory.note(first, self.agent, self.count, write=False)
         memory.note(target, self.agent, self.count, write=True)
         self._todo.append(Product(self, facts, target, first, second, accumulate, off))
+        warp.note("multiply", [to])
 
     def _same_shape(self, agents: np.ndarray, times: np.ndarray) -> bool:
         """Whether accesses are only those of products with the accumulator and the shape of the last one."""
@@ -213,6 +214,7 @@ class Pipe:
         message = np.concatenate((warp.release()[: len(warp.clock)], told))
         message[self.agent] = self.count
         self._todo.append(Commit(barrier, message, where))
+        warp.note("commit", [barrier.address])
 
     def advance(self) -> None:
         """Does the next thing."""

@@ -7,7 +7,7 @@ for a barrier lets the others pass.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NOBODY = b"\0" * LANES
 EVERYBODY = b"\1" * LANES
 Condition = Callable[[], bool]
+Event = tuple[str, int, int]
+"""What a thread did at an mbarrier, or with an engine: its kind, an address, the parity of a wait."""
 
 
 class Wait:
@@ -57,6 +59,7 @@ class Warp:
         self.done = False
         self.in_flight: dict[tuple[int, int], str] = {}
         self.registers = block.registers
+        self.history: list[list[Event]] = [[] for _ in range(LANES)]
         self.arrived: int | None = None
         self.stores: dict[int, StoreGroups] = {}
         self.mma = block.new_mma_queue(self)
@@ -173,6 +176,11 @@ class Warp:
         count = len(self.clock)
         self.clock[:] = joined(self.clock, message[:count])
         self.tensor.hear(message[count:])
+
+    def note(self, kind: str, at: Sequence[int], parity: int = 0) -> None:
+        """Adds an event to the history of each active thread."""
+        for lane, address in zip(np.flatnonzero(self.mask).tolist(), at, strict=True):
+            self.history[lane].append((kind, address, parity))
 
     def leave(self) -> None:
         """The active threads end."""
