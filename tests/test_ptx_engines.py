@@ -105,8 +105,10 @@ def test_tensor_loads(span: int, at: tuple[int, int, int]) -> None:
 
 def test_tensor_loads_with_steps() -> None:
     x = np.arange(1, 1 + 6 * 16 * 32, dtype=np.uint16).reshape(1, 1, 6, 16, 32)
-    box, steps = (32, 15, 3, 1, 1), (2, 2, 2, 1, 1)
-    assert load_box(x, box, (0, 3, -1), 0, steps).tolist() == boxed(x, box, (0, 3, -1), steps)
+    box, steps = (16, 15, 3, 1, 1), (1, 2, 2, 1, 1)
+    assert load_box(x, box, (8, 3, -1), 0, steps).tolist() == boxed(x, box, (8, 3, -1), steps)
+    with pytest.raises(DescriptorError):  # which the hardware would ignore
+        load_box(x, box, (8, 3, -1), 0, (2, 2, 2, 1, 1))
 
 
 def test_tensor_loads_of_32_bits() -> None:

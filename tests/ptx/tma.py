@@ -44,8 +44,8 @@ class TensorMap:
         ranks = {len(self.dims), len(self.strides) + 1, len(self.box), len(steps)}
         if len(ranks) > 1 or any(stride % 16 for stride in self.strides) or self.address % 16:
             raise DescriptorError(f"{self}: ranks, or no multiple of 16 bytes")
-        if max(self.box) > 256 or min(*self.box, *self.dims, *steps) < 1 or max(steps) > 8:
-            raise DescriptorError(f"{self}: sides of 1 to 256, steps of 1 to 8")
+        if max(self.box) > 256 or min(*self.box, *self.dims, *steps) < 1 or max(steps) > 8 or steps[0] > 1:
+            raise DescriptorError(f"{self}: sides of 1 to 256, steps of 1 to 8, in the first dimension of 1")
         if self.span and self.size * self.sides[0] != self.span:
             raise DescriptorError(f"{self}: rows of a box must be as long as the swizzle's")
         if self.size * self.box[0] % 16:
