@@ -1,4 +1,4 @@
-// What both passes of backward read of every query: its log-sum-exp in base 2, and delta, as backward.cu has it.
+// What the passes of backward read of every query: its log-sum-exp in base 2, and delta, as backward.cu has it.
 typedef long long i64;
 
 #if FLOAT16
