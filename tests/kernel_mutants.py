@@ -24,7 +24,7 @@ LOAD, STORE = r"cp\.async\.bulk\.tensor\.5d\.shared::cluster", r"cp\.async\.bulk
 
 def more(by: int) -> str:
     """A template: the instruction (1) with a register (2) and the rest (3), the register larger by a number."""
-    return rf"{{ .reg .b32 more;\nadd.s32 more, \2, {by};\n\1more\3 }}"
+    return rf"{{ .reg .b32 more; add.s32 more, \2, {by}; \1more\3 }}"
 
 
 def coordinate(place: int) -> str:
@@ -35,7 +35,7 @@ COMMON: dict[str, Change] = {
     "no wait": (WAIT, "", 1),
     "other parity": (WAIT, r".reg .b32 q;\nxor.b32 q, \2, 1;\nL: \1q;\n@p bra E;\nbra L;\nE:", 1),
     "no arrival": (r"\tmbarrier\.arrive\.shared\S+ _, \[\S+\];", "", 1),
-    "two arrivals": (r"\t(mbarrier\.arrive\.shared\S+ _, \[\S+\];)", r"\t\1\n\t\1", 1),
+    "two arrivals": (r"\t(mbarrier\.arrive\.shared\S+ _, \[\S+\];)", r"\t\1 \1", 1),
     "more bytes": (r"(mbarrier\.arrive\.expect_tx\S+ _, \[\S+\], )(%\w+)(;)", more(16), 1),
     "more arrivals": (r"(mbarrier\.init\S+ \[\S+\], )(%\w+)(;)", more(1), 4),
     "no barrier": (r"mbarrier\.init[^;]*;", "", 4),

@@ -57,7 +57,7 @@ def instruction_bit(bit: int) -> Callable[[re.Match[str]], str]:
 
 def operand_bit(bit: int) -> str:
     """A template: a register (2) that an instruction (1) makes, with a bit flipped."""
-    return rf"\1\nxor.b64 \2, \2, {1 << bit};"
+    return rf"\1 xor.b64 \2, \2, {1 << bit};"
 
 
 def inverted(match: re.Match[str]) -> str:
@@ -74,7 +74,7 @@ CHANGES: dict[str, Change] = COMMON | {
     "no before fence": (r"tcgen05\.fence::before_thread_sync;", "", 1),
     "no after fence": (r"tcgen05\.fence::after_thread_sync;", "", 1),
     "no commit": (r"tcgen05\.commit[^;]*;", "", 1),
-    "two commits": (r"(tcgen05\.commit[^;]*;)", r"\1\n\1", 1),
+    "two commits": (r"(tcgen05\.commit[^;]*;)", r"\1 \1", 1),
     "no wait for loads": (r"tcgen05\.wait::ld\.sync\.aligned;", "", 1),
     "no wait for stores": (r"tcgen05\.wait::st\.sync\.aligned;", "", 1),
     "no product": (r"tcgen05\.mma[^;]*;", "", 1),
@@ -109,8 +109,8 @@ CHANGES: dict[str, Change] = COMMON | {
     "comparison inverted": (r"(\tsetp\.)(eq|ne|lt|ge|gt|le)((?:\.\w+)*\.[bsu]32)", inverted, 1),
     "shifted further": (r"(\tshl\.b32\s+%r\d+, %r\d+, )(\d+)(;)", number(lambda x: x + 1), 1),
     "address further on": (r"(\tadd\.s32\s+%r\d+, %r\d+, )(\d{2,})(;)", number(lambda x: x + 1024), 2),
-    "number of the host larger": (r"(ld\.param\.b32\s+(%r\d+), [^;]*;)", r"\1\nadd.s32 \2, \2, 1;", 1),
-    "number in shared memory larger": (r"(ld\.shared\.b32\s+(%r\d+), [^;]*;)", r"\1\nadd.s32 \2, \2, 1;", 1),
+    "number of the host larger": (r"(ld\.param\.b32\s+(%r\d+), [^;]*;)", r"\1 add.s32 \2, \2, 1;", 1),
+    "number in shared memory larger": (r"(ld\.shared\.b32\s+(%r\d+), [^;]*;)", r"\1 add.s32 \2, \2, 1;", 1),
 }
 
 

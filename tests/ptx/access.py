@@ -15,6 +15,7 @@ from ptx.program import FILES, TYPES, Program, Run, opcode
 from ptx.warp import Warp
 
 SPACES = ("param", "global", "shared", "shared::cta")
+NO_WORDS = np.zeros(0, np.int64)
 HINTS = ("v2", "v4", "nc", "volatile", "relaxed", "gpu", "cta", "aligned")
 
 
@@ -65,17 +66,18 @@ def _items(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
-def _locate(w: Warp, space: str, at: np.ndarray, size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """An array of elements of ``size`` bytes, and each thread's indices ``[threads, count]`` in it."""
+def _locate(w: Warp, space: str, at: np.ndarray, size: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An array of elements of ``size`` bytes, each thread's indices ``[threads, count]`` in it, its words if shared."""
     whole = size * count
     if space == "shared":
         region = w.block.shared.region
-        data, index = region.view(size), region.elements(at, whole)
+        index = region.elements(at, whole)
+        words = w.block.shared.words_of(index, whole)
     else:
         memory = w.block.machine.params if space == "param" else w.block.machine.memory
         region = memory.region(int(at[0]))
-        data, index = region.view(size), region.elements(at, whole)
-    return data, index[:, None] * count + np.arange(count)
+        index, words = region.elements(at, whole), NO_WORDS
+    return region.view(size), index[:, None] * count + np.arange(count), words
 
 
 @opcode("ld")
@@ -98,9 +100,8 @@ def load(program: Program, ins: Instruction) -> Run:
 
     def run(w: Warp) -> None:
         where, at = _resolve(space, addresses(w, slot, offset))
-        data, index = _locate(w, where, at, size, count)
+        data, index, words = _locate(w, where, at, size, count)
         if where == "shared":
-            words = w.block.shared.words(at, size * count)
             if unused:
                 words = np.delete(words.reshape(-1, count), unused, 1).reshape(-1)
             w.block.shared.plain_read(w, words)
@@ -129,12 +130,11 @@ def store(program: Program, ins: Instruction) -> Run:
 
     def run(w: Warp) -> None:
         where, at = _resolve(space, addresses(w, slot, offset))
-        data, index = _locate(w, where, at, size, count)
+        data, index, words = _locate(w, where, at, size, count)
         values = [(w.slots[source] if w.full else w.slots[source][w.mask]).astype(data.dtype) for source in sources]
         if where == "shared":
             if not w.block.machine.rules.equal_writes and np.array_equal(data[index], np.stack(values, 1)):
                 return
-            words = w.block.shared.words(at, size * count)
             threads = np.repeat(w.threads if w.full else w.threads[w.mask], len(words) // len(at))
             w.block.shared.plain_write(w, words, threads)
         for i, value in enumerate(values):
@@ -158,7 +158,7 @@ def atomic(program: Program, ins: Instruction) -> Run:
     size = np.dtype(kind).itemsize
 
     def run(w: Warp) -> None:
-        data, index = _locate(w, "global", addresses(w, slot, offset), size, 1)
+        data, index, _ = _locate(w, "global", addresses(w, slot, offset), size, 1)
         data = data.view(kind)
         lanes = np.flatnonzero(w.mask)
         for i in w.block.machine.rng.permutation(len(lanes)):

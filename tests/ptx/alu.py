@@ -270,7 +270,12 @@ def convert(program: Program, ins: Instruction) -> Run:
     if to in ("bf16x2", "f16x2"):
         only(ins, "rn", to)
         narrow = bfloat16_bits if to == "bf16x2" else float16_bits
-        return general(program, ins, lambda high, low: narrow(high) << 16 | narrow(low), np.uint32, [np.float32] * 2)
+
+        def pair(high: np.ndarray, low: np.ndarray) -> Any:
+            bits = narrow(np.concatenate((high, low)))
+            return bits[: len(high)] << 16 | bits[len(high) :]
+
+        return general(program, ins, pair, np.uint32, [np.float32] * 2)
     if "f" in to + source:
         only(ins, "rn", to)
         if TYPES[source] not in (np.int32, np.uint32) or to != "f32":

@@ -43,18 +43,19 @@ class Region:
         self.data = data.reshape(-1).view(np.uint8)
 
     def elements(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Indices of elements of ``size`` bytes.
+        """Indices of elements of ``size`` bytes, a power of two.
 
         Raises:
             OutOfBoundsError: an element is not aligned, or not inside.
         """
         offsets = addresses.astype(np.int64) - self.base
-        for worst in (int(offsets.min()), int(offsets.max())):
-            if not 0 <= worst <= len(self.data) - size:
-                raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
-        if (offsets % size).any():
+        unsigned = offsets.view(np.uint64)  # those below the array are the largest
+        if int(np.maximum.reduce(unsigned)) > len(self.data) - size:
+            worst = int(offsets[unsigned.argmax()])
+            raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
+        if int(np.bitwise_or.reduce(offsets)) & size - 1:
             raise OutOfBoundsError(f"an address that is not a multiple of {size} in {self.name}")
-        return offsets // size
+        return offsets >> size.bit_length() - 1
 
     def view(self, size: int) -> np.ndarray:
         return self.data[: len(self.data) // size * size].view(FILES.get(size, np.uint8))
@@ -120,7 +121,11 @@ class Shared:
 
     def words(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Words of elements of ``size`` bytes, flat, element after element; checks alignment and bounds."""
-        index = self.region.elements(addresses, size)
+        return self.words_of(self.region.elements(addresses, size), size)
+
+    @staticmethod
+    def words_of(index: np.ndarray, size: int) -> np.ndarray:
+        """Words of elements of ``size`` bytes by their indices."""
         if size <= 4:
             return index * size // 4
         return (index[:, None] * (size // 4) + np.arange(size // 4)).reshape(-1)

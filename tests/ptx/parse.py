@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ptx.errors import UnsupportedError
 
@@ -50,11 +52,16 @@ class Address:
 
 Operand = Reg | Imm | Symbol | Vector | Address
 SINK = Symbol("_")
+SCOPE = "#"
+"""Comes between a name of an inner scope and the scope's number."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. ``guard`` is its predicate and whether that is negated; ``used`` which bytes of a load count."""
+    """One instruction. ``guard`` is its predicate and whether that is negated; ``used`` which bytes of a load count.
+
+    ``scope`` is the number of the innermost scope around it, 0 for that of the function.
+    """
 
     opcode: str
     operands: tuple[Operand, ...]
@@ -62,6 +69,7 @@ class Instruction:
     line: int
     text: str
     used: int | None = None
+    scope: int = 0
 
     @property
     def parts(self) -> list[str]:
@@ -128,6 +136,8 @@ class _Body:
         self.scopes: list[tuple[int, set[str]]] = [(0, set())]
         self.count = 0
         self.used: int | None = None
+        self.usual = True
+        """Whether names of registers begin with ``%``, but for those of inner scopes."""
 
     def read(self, text: str, at: int) -> None:
         for label, brace, statement, line in self._statements(text, at):
@@ -139,7 +149,7 @@ class _Body:
                 if not self.scopes:
                     return
             elif label:
-                self.kernel.labels[self._scoped(label)] = len(self.kernel.instructions)
+                self.kernel.labels[self._scoped().get(label, label)] = len(self.kernel.instructions)
             elif statement.startswith(".reg"):
                 self._declare(statement)
             elif match := _USED.fullmatch(statement):
@@ -169,43 +179,65 @@ class _Body:
                 self.kernel.registers |= {f"{match[1]}{i}": kind[1:] for i in range(int(match[2]))}
             else:
                 self.scopes[-1][1].add(name)
-                self.kernel.registers[self._scoped(name)] = kind[1:]
+                self.kernel.registers[self._scoped().get(name, name)] = kind[1:]
+            self.usual &= name.startswith("%") or len(self.scopes) > 1
 
-    def _scoped(self, name: str) -> str:
-        for number, names in reversed(self.scopes):
-            if number and name in names:
-                return f"{name}#{number}"
-        return name
+    def _scoped(self) -> dict[str, str]:
+        """What names of inner scopes stand for here."""
+        return {name: f"{name}{SCOPE}{number}" for number, names in self.scopes if number for name in names}
 
     def _instruction(self, statement: str, line: int) -> Instruction:
+        if len(self.scopes) == 1 and self.usual:
+            decoded = _outer(statement)
+        else:
+            decoded = _Names(self._scoped(), self.kernel.registers).instruction(statement)
+        used, self.used = self.used, None
+        return Instruction(*decoded, line, " ".join(statement.split()), used, self.scopes[-1][0])
+
+
+Decoded = tuple[str, tuple[Operand, ...], tuple[Reg, bool] | None]
+
+
+class _Names(NamedTuple):
+    """What names mean at one place: those of inner scopes, and which are registers though they do not begin with %."""
+
+    scoped: Mapping[str, str]
+    registers: Collection[str]
+
+    def instruction(self, statement: str) -> Decoded:
+        """Opcode, operands and guard."""
         guard, rest = None, statement
         if match := _GUARD.fullmatch(statement):
-            guard, rest = (Reg(self._scoped(match[2])), bool(match[1])), match[3]
+            guard, rest = (Reg(self.scoped.get(match[2], match[2])), bool(match[1])), match[3]
         opcode, operands = re.fullmatch(r"([\w.:]+)\s*(.*)", rest, re.S).groups()  # type: ignore[union-attr]
-        items = tuple(self._operand(item) for item in _split(operands))
-        used, self.used = self.used, None
-        return Instruction(opcode, items, guard, line, " ".join(statement.split()), used)
+        return opcode, tuple(self.operand(item) for item in _split(operands)), guard
 
-    def _operand(self, text: str) -> Operand:
+    def operand(self, text: str) -> Operand:
         if text.startswith("{"):
-            return Vector(tuple(self._operand(item) for item in _split(text[1:-1])))
+            return Vector(tuple(self.operand(item) for item in _split(text[1:-1])))
         if text.startswith("["):
             base, *rest = _split(text[1:-1])
             name, sign, offset = re.fullmatch(r"([^+-]+)(?:([+-])(.+))?", base).groups()  # type: ignore[union-attr]
-            vector = self._operand(rest[0]) if rest else None
+            vector = self.operand(rest[0]) if rest else None
             if not isinstance(vector, Vector | None):
                 raise UnsupportedError(text)
             shift = int(f"{sign}1") * int(offset.strip(), 0) if offset else 0
-            base_operand = self._operand(name.strip())
+            base_operand = self.operand(name.strip())
             if not isinstance(base_operand, Reg | Symbol | Imm):
                 raise UnsupportedError(text)
             return Address(base_operand, shift, vector)
         if re.match(r"-?\d", text):
             return _number(text)
         if "|" in text:
-            return Vector(tuple(self._operand(item.strip()) for item in text.split("|")))
-        name = self._scoped(text)
-        return Reg(name) if name in self.kernel.registers or text.startswith("%") else Symbol(name)
+            return Vector(tuple(self.operand(item.strip()) for item in text.split("|")))
+        name = self.scoped.get(text, text)
+        return Reg(name) if name in self.registers or text.startswith("%") else Symbol(name)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _outer(statement: str) -> Decoded:
+    """A statement of no inner scope, in the usual names: mutants of a kernel share all but one of them."""
+    return _Names({}, ()).instruction(statement)
 
 
 def _split(text: str) -> list[str]:

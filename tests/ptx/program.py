@@ -6,19 +6,21 @@ instruction asks for, constants, special registers. A function of an instruction
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ptx.errors import UnsupportedError
-from ptx.parse import Address, Imm, Instruction, Kernel, Operand, Reg, Symbol, Vector
+from ptx.parse import SCOPE, Address, Imm, Instruction, Kernel, Operand, Reg, Symbol, Vector
 
 if TYPE_CHECKING:
     from ptx.warp import Warp
 
 LANES = 32
+WHOLE = slice(None)
 Run = Callable[["Warp"], None]
 Build = Callable[["Program", Instruction], Run]
 
@@ -53,6 +55,14 @@ def opcode(*names: str) -> Callable[[Build], Build]:
     return register
 
 
+@functools.cache
+def builder(opcode: str) -> Build | None:
+    """What makes instructions of an opcode ready."""
+    parts = opcode.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((BUILDERS[name] for name in names if name in BUILDERS), None)
+
+
 def is_mma(instruction: Instruction) -> bool:
     """Whether it is a matrix product, the only one that may touch its registers while they are in flight."""
     return instruction.opcode.startswith("wgmma.mma_async")
@@ -68,6 +78,27 @@ class Step:
     touched: frozenset[tuple[int, int]]
     is_mma: bool
     source: Instruction
+
+
+@dataclass
+class Shared:
+    """Steps that programs with the same registers and symbols share, by all that they depend on, and their slots.
+
+    Mutants of a kernel differ in one step. Registers of inner scopes stay out of it, as their names and places vary.
+    """
+
+    steps: dict[tuple[Any, ...], Step] = field(default_factory=dict)
+    slots: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    views: list[tuple[int, np.dtype[Any], int, int, slice]] = field(default_factory=list)
+    constants: dict[int, np.ndarray] = field(default_factory=dict)
+    special: dict[int, str] = field(default_factory=dict)
+    slot_count: int = 0
+
+
+@functools.lru_cache(maxsize=8)
+def shared(places: tuple[Any, ...], symbols: tuple[Any, ...]) -> Shared:
+    """What is known of programs with such places of registers and such symbols: nothing, until the first one is made."""
+    return Shared()
 
 
 class Program:
@@ -89,25 +120,42 @@ class Program:
             size = np.dtype(TYPES[kind]).itemsize
             self.places[name] = size, self.sizes[size]
             self.sizes[size] += 1
-        self._slots: dict[tuple[Any, ...], int] = {}
-        self.views: list[tuple[int, np.dtype[Any], int, int, slice]] = []
+        outer = tuple((name, place) for name, place in self.places.items() if SCOPE not in name)
+        known = shared(outer, tuple(symbols.items()))
+        self._slots, self.slot_count = dict(known.slots), known.slot_count
+        self.views = list(known.views)
         """Slots that are registers: number, type, bytes, place in the file, and which of the elements in it."""
-        self.constants: dict[int, np.ndarray] = {}
-        self.special: dict[int, str] = {}
-        self.steps = [self._step(instruction) for instruction in kernel.instructions]
-        self.slot_count = len(self._slots)
+        self.constants, self.special = dict(known.constants), dict(known.special)
+        keys = [self._key(instruction) for instruction in kernel.instructions]
+        self.steps = [
+            known.steps.get(key) or self._step(instruction)
+            for key, instruction in zip(keys, kernel.instructions, strict=True)
+        ]
+        if not known.steps:
+            known.steps = {key: step for key, step in zip(keys, self.steps, strict=True) if key}
+            known.slots = {key: slot for key, slot in self._slots.items() if SCOPE not in key[0]}
+            kept = set(known.slots.values())
+            known.views = [view for view in self.views if view[0] in kept]
+            known.constants, known.special, known.slot_count = self.constants, self.special, self.slot_count
+
+    def _key(self, source: Instruction) -> tuple[Any, ...]:
+        """All that a step depends on beside registers and symbols; nothing if it is in an inner scope."""
+        if source.scope:
+            return ()
+        labels, tables = self.kernel.labels, self.kernel.tables
+        names = [operand.name for operand in source.operands if isinstance(operand, Symbol)]
+        targets = [labels.get(label) for name in names for label in tables.get(name, (name,))]
+        return source.text, source.line, source.used, *targets
 
     def _step(self, source: Instruction) -> Step:
-        parts = source.parts
-        names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-        build = next((BUILDERS[name] for name in names if name in BUILDERS), None)
+        build = builder(source.opcode)
         if build is None:
             raise UnsupportedError(f"line {source.line}: {source.text[:100]}")
         try:
             run = build(self, source)
         except (KeyError, ValueError, IndexError, AttributeError) as error:
             raise UnsupportedError(f"line {source.line}: {source.text[:100]} ({error!r})") from error
-        guard = self.slot(source.guard[0], np.bool_) if source.guard and parts[0] != "bra" else None
+        guard = self.slot(source.guard[0], np.bool_) if source.guard and source.parts[0] != "bra" else None
         touched = frozenset(self._touched((*source.operands, *(source.guard or ())[:1])))
         negated = bool(source.guard and source.guard[1])
         return Step(run, guard, negated, touched, is_mma(source), source)
@@ -139,7 +187,7 @@ class Program:
         size, _ = self.places[operand.name]
         if size != kind.itemsize:
             raise UnsupportedError(f"{operand.name} of {size} bytes as {kind}")
-        return self._view(operand.name, kind, slice(None))
+        return self._view(operand.name, kind, WHOLE)
 
     def part(self, operand: Operand, kind: Any, index: int, count: int) -> int:
         """The slot of one of the ``count`` parts of a register: its bits from ``index`` times the type's size on."""
@@ -151,13 +199,12 @@ class Program:
         """The slot of a register as small numbers side by side, those of lane 0 first."""
         if not isinstance(operand, Reg) or self.places[operand.name][0] % np.dtype(kind).itemsize:
             raise UnsupportedError(f"{operand} as a vector of {kind}")
-        return self._view(operand.name, np.dtype(kind), slice(None))
+        return self._view(operand.name, np.dtype(kind), WHOLE)
 
     def _view(self, name: str, kind: np.dtype[Any], elements: slice) -> int:
         key = (name, kind, elements.start, elements.step)
         if key not in self._slots:
-            self._slots[key] = len(self._slots)
-            self.views.append((self._slots[key], kind, *self.places[name], elements))
+            self.views.append((self._number(key), kind, *self.places[name], elements))
         return self._slots[key]
 
     def register_kind(self, operand: Operand) -> Any:
@@ -186,8 +233,13 @@ class Program:
 
     def _new(self, key: tuple[Any, ...], table: dict[int, Any], value: Any) -> int:
         if key not in self._slots:
-            self._slots[key] = len(self._slots)
-            table[self._slots[key]] = value
+            table[self._number(key)] = value
+        return self._slots[key]
+
+    def _number(self, key: tuple[Any, ...]) -> int:
+        """A new slot."""
+        self._slots[key] = self.slot_count
+        self.slot_count += 1
         return self._slots[key]
 
     def target(self, label: Operand) -> int:
@@ -200,11 +252,12 @@ class Program:
         files = {size: np.full((max(count, 1), LANES), -1).astype(FILES[size]) for size, count in self.sizes.items()}
         files[1][:] = rng.random(files[1].shape) < 0.5
         slots: list[Any] = [None] * self.slot_count
-        views: dict[tuple[int, np.dtype[Any]], np.ndarray] = {}
+        rows: dict[tuple[int, np.dtype[Any]], list[np.ndarray]] = {}
         for slot, kind, size, place, elements in self.views:
-            if (size, kind) not in views:
-                views[size, kind] = files[size].view(kind)
-            slots[slot] = views[size, kind][place, elements]
+            if (size, kind) not in rows:
+                rows[size, kind] = list(files[size].view(kind))
+            row = rows[size, kind][place]
+            slots[slot] = row if elements == WHOLE else row[elements]
         for slot, array in self.constants.items():
             slots[slot] = array
         for slot, name in self.special.items():
