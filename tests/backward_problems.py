@@ -7,10 +7,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from helpers import assert_within_budget
+from helpers import assert_within_budget, dense_gradients
 from kernel_problems import HOPPER, TWO, Problem
 from ptx import backward
-from torch import Tensor
 
 from gna_flex import GNA
 from gna_flex.cuda.backward import BackwardConfig
@@ -21,30 +20,6 @@ PROBLEMS = {name: problem for name, problem in HOPPER.items() if name != "three 
 PROBLEMS["text, grouped heads, some of it valid"] = Problem(
     GNA((5, 6), (3, 4), (1, 2), text_first=9, text_last=70), Config(32, 32), TWO, 2, 4, 2, valid=((9, 66), (3, 0))
 )
-
-
-def gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, keep: Tensor, scale: float, low: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value, log-sum-exp and delta, in float64; delta comes from an output of 16 bits.
-
-    Or with weights, their gradients and results rounded to ``low``, as a plain run of that type has them.
-    """
-    groups, dtype = q.shape[1] // k.shape[1], q.dtype
-
-    def rounded(x: Tensor) -> Tensor:
-        return x if low is None else x.to(low).double()
-
-    wide = [x.double().repeat_interleave(groups, 1) for x in (k, v)]
-    scores = (q.double() @ wide[0].mT * scale).masked_fill(~keep, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()
-    out = (weights @ wide[1]).to(dtype).double()
-    delta = (out * grad.double()).sum(-1)
-    of_scores = rounded(weights * (grad.double() @ wide[1].mT - delta[..., None]) * scale)
-    dk, dv = of_scores.mT @ q.double(), rounded(weights).mT @ grad.double()
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
-    return *(rounded(x) for x in (of_scores @ wide[0], dk, dv)), lse, delta
 
 
 PASSES = ("queries", "keys", "fused")
@@ -70,8 +45,8 @@ def check_pass(problem: Problem, kind: str, seed: int, **options: Any) -> None:
     q, k, v = problem.tensors()
     grad, keep = torch.randn_like(q), problem.keep()
     scale = q.shape[-1] ** -0.5 if problem.scale is None else problem.scale
-    *exact, lse, delta = gradients(q, k, v, grad, keep, scale)
-    low = gradients(q, k, v, grad, keep, scale, q.dtype)
+    *exact, lse, delta = dense_gradients(q, k, v, grad, keep, scale)
+    low = dense_gradients(q, k, v, grad, keep, scale, low=True)
     results = backward.run(
         (problem.gnas,) if isinstance(problem.gnas, GNA) else problem.gnas,
         (q, grad, k, v) if kind == "queries" else (k, v, q, grad),

@@ -195,6 +195,49 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, keep: Any, **opti
     return dense_attention(query.double(), key.double(), value.double(), keep, **options)
 
 
+class Gradients(NamedTuple):
+    """Of query, key and value, and what they are computed from: log-sum-exp and delta, ``[B, H, S]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+def dense_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    keep: Tensor,
+    scale: float,
+    grad_lse: Tensor | float = 0.0,
+    *,
+    low: bool = False,
+) -> Gradients:
+    """Gradients from those of output and log-sum-exp, by the formulas of FlashAttention; every query sees a key.
+
+    In float64, but for delta, which comes from an output in the type of the inputs, as kernels have it. Or, ``low``, in
+    float32 with weights, their gradients and results in the type of the inputs: what a plain run in that type loses.
+    """
+    dtype, work = query.dtype, torch.float32 if low else torch.float64
+    groups = query.shape[1] // key.shape[1]
+    q, k, v, grad = (x.detach().to(work) for x in (query, key, value, grad))
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).to(work) if low else x
+
+    scores = (q @ k.mT * scale).masked_fill(~keep, -math.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    delta = ((weights @ v).to(dtype).to(work) * grad).sum(-1) - grad_lse
+    of_scores = rounded(weights * (grad @ v.mT - delta[..., None]) * scale)
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (of_scores.mT @ q, rounded(weights).mT @ grad))
+    return Gradients(*(rounded(x) for x in (of_scores @ k, dk, dv)), lse, delta)
+
+
 def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     """Largest and root-mean-square difference; infinite where only one is finite or anything is NaN."""
     actual, exact = actual.detach().double(), exact.detach().double()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import dense_gradients
 from test_hopper import of_other_heads, poison, random_gna, random_inputs
 from torch import Tensor
 from torch.nn import functional
@@ -37,34 +38,12 @@ def no_other_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gna_flex.flex_backward.flex_backward", refuse)
 
 
-def gradients(inputs: list[Tensor], grads: list[Tensor], keep: Tensor, scale: float, low: bool) -> list[Tensor]:
-    """Gradients of query, key and value from those of output and log-sum-exp; delta comes from an output of 16 bits.
-
-    In float64; or, ``low``, in float32 with weights, their gradients and results in the type of the inputs.
-    """
-    dtype, work = inputs[0].dtype, torch.float32 if low else torch.float64
-    groups = inputs[0].shape[1] // inputs[1].shape[1]
-    q, k, v, grad, grad_lse = (x.detach().to(work) for x in (*inputs, *grads))
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-
-    def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).to(work) if low else x
-
-    scores = (q @ k.mT * scale).masked_fill(~keep, -torch.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - lse).exp()
-    delta = ((weights @ v).to(dtype).to(work) * grad).sum(-1, keepdim=True) - grad_lse[..., None]
-    of_scores = rounded(weights * (grad @ v.mT - delta) * scale)
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (of_scores.mT @ q, rounded(weights).mT @ grad))
-    return [rounded(of_scores @ k), rounded(dk), rounded(dv)]
-
-
 def check(inputs: list[Tensor], grads: list[Tensor], gnas: tuple[GNA, ...], scale: float, got: list[Tensor]) -> None:
     """Within twice what a plain run of that type loses, one rounding of the result, and sums in float32."""
     heads = torch.arange(inputs[0].shape[1], device="cuda")[:, None, None]
     idx = torch.arange(gnas[0].tokens, device="cuda")
     keep = mask_mod(gnas)(torch.zeros_like(heads), heads, idx[:, None], idx)
-    exact, low = (gradients(inputs, grads, keep, scale, low) for low in (False, True))
+    exact, low = (dense_gradients(*inputs, grads[0], keep, scale, grads[1], low=low)[:3] for low in (False, True))
     largest = [x.detach().double().norm(dim=-1).amax() for x in (*inputs, grads[0])]
     sums = 8 * torch.finfo(torch.float32).eps * scale * largest[3] * largest[2] * max(largest[0], largest[1])
     for name, x, of_exact, of_low in zip("qkv", got, exact, low, strict=True):
@@ -128,7 +107,7 @@ def test_text_that_does_not_count_has_no_gradient() -> None:
     end = gna.text_first + gna.grid_tokens
     counts = ((idx < valid[:, :1]) | (idx >= gna.text_first)) & (idx < end + valid[:, 1:])
     keep = mask_mod((gna,))(0, 0, idx[:, None], idx) & counts[:, None, None, :]
-    exact, low = (gradients(inputs, grads, keep, 0.125, low) for low in (False, True))
+    exact, low = (dense_gradients(*inputs, grads[0], keep, 0.125, grads[1], low=low)[:3] for low in (False, True))
     for x, of_exact, of_low in zip(got, exact, low, strict=True):
         budget = 2 * (of_low.double() - of_exact).abs().amax() + torch.finfo(x.dtype).eps * of_exact.abs().amax()
         assert (x.double() - of_exact).abs().amax() <= budget
