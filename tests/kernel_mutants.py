@@ -16,7 +16,7 @@ Change = tuple[str, str | Callable[[re.Match[str]], str], int]
 """What is looked for, what takes its place, and the step from one occurrence that is tried to the next."""
 ALL = os.getenv("PTX_MUTANTS") == "all"
 """Whether every occurrence of a change is tried."""
-ENDLESS = 1_000_000
+ENDLESS = 400_000
 """Instructions that no problem here takes."""
 WAIT = r"L: (mbarrier\.try_wait\S+ p, \[\S+\], )(%\w+);\n@p bra E;\nbra L;\nE:"
 LOAD, STORE = r"cp\.async\.bulk\.tensor\.5d\.shared::cluster", r"cp\.async\.bulk\.tensor\.5d\.global"
