@@ -20,9 +20,32 @@ def ok(capsys, *argv):
     return captured.out
 
 
+class PoolOfThisProcess:
+    """Stands for the processes that measure, which take seconds to begin."""
+
+    def __init__(self, processes):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def apply(self, function, arguments):
+        return function(*arguments)
+
+
+def measure_in(monkeypatch, pool):
+    context = type("Context", (), {"Pool": pool})
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: context)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["row-major", "tiles"])
-def test_mask_against_create_block_mask(capsys, order):
+def test_mask_against_create_block_mask(capsys, monkeypatch, order):
+    if order == "row-major":
+        measure_in(monkeypatch, PoolOfThisProcess)
     numbers = json.loads(
         ok(capsys, "bench", "mask", "20x36", "--window", "7", "--order", order, "--repeats", "2", "--json")
     )
@@ -56,25 +79,15 @@ def test_tile_order_is_not_compared_where_memory_would_run_out(monkeypatch):
     assert 1 << 20 < bench._available_bytes() < 1 << 50
 
 
-class DisagreeingPool:
-    """Stands for the processes that measure: the two ways count different blocks."""
-
-    def __init__(self, processes):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+class DisagreeingPool(PoolOfThisProcess):
+    """The two ways count different blocks."""
 
     def apply(self, function, arguments):
         return 1.0, 1.0, (len(arguments[0]), 0)
 
 
 def test_masks_that_disagree_raise(capsys, monkeypatch):
-    context = type("Context", (), {"Pool": DisagreeingPool})
-    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: context)
+    measure_in(monkeypatch, DisagreeingPool)
     with pytest.raises(AssertionError, match="gna_mask and create_block_mask disagree"):
         bench_mask(GNA((8, 8), 3))
     assert main(["bench", "mask", "8x8", "--window", "3"]) == 1

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,9 +36,16 @@ def assert_attends(
     assert_within_budget("out", out, exact, plain)
 
 
-def twelve(tokens: int = 24) -> list[GNA]:
-    """Twelve masks of one length."""
-    return [GNA((4, tokens // 4), (w, x)) for w in (1, 2, 3, 4) for x in (2, 3, 5)]
+def six(tokens: int = 24) -> list[GNA]:
+    """Six masks of one length."""
+    return [GNA((4, tokens // 4), (w, x)) for w in (1, 2, 4) for x in (2, 5)]
+
+
+@pytest.fixture
+def low_limit() -> Iterator[None]:
+    """torch compiles a function three times at most, not eight times: few calls show what happens beyond that."""
+    with torch._dynamo.config.patch(recompile_limit=3):
+        yield
 
 
 def linear_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -72,8 +79,8 @@ class TestFrontEnds:
         assert_within_budget("lse", lse, exact, plain)
 
     def test_eager_with_many_masks(self, front):
-        qkv = inputs(twelve()[0])
-        for gna in twelve():
+        qkv = inputs(six()[0])
+        for gna in six():
             assert_attends(front(*qkv, block_mask=gna_mask(gna, device="cpu")), qkv, gna)
 
     @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -178,11 +185,12 @@ class TestFrontEnds:
             assert_attends(compiled(*qkv), qkv)
 
     @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+    @pytest.mark.usefixtures("low_limit")
     def test_compiled_with_many_masks(self, front, compiler):
         """Past torch's limit of recompilations the caller runs uncompiled; it must stay right."""
         compiled = torch.compile(lambda q, k, v, mask: front(q, k, v, block_mask=mask) * 2, backend=compiler)
-        qkv = inputs(twelve()[0])
-        for gna in twelve():
+        qkv = inputs(six()[0])
+        for gna in six():
             assert_attends(compiled(*qkv, gna_mask(gna, device="cpu")), qkv, gna, then=lambda x: x * 2)
 
 
@@ -263,15 +271,16 @@ def test_torchs_front_end_keeps_its_own_errors():
         torch_flex_attention(qkv[0].requires_grad_(), *qkv[1:], block_mask=mask)
 
 
+@pytest.mark.usefixtures("low_limit")
 @pytest.mark.parametrize("route", ["flex", "flex-tiles"])
 class TestOneFunctionPerPlan:
     def test_many_masks(self, counting_compiler, route, caplog):
-        qkv = inputs(twelve()[0])
+        qkv = inputs(six()[0])
         with backend(route), caplog.at_level(logging.WARNING):
             for _ in range(2):
-                for gna in twelve():
+                for gna in six():
                     assert_attends(flex_attention(*qkv, block_mask=gna_mask(gna, device="cpu")), qkv, gna)
-        assert counting_compiler.frame_count == len(flex._compiled) == 12
+        assert counting_compiler.frame_count == len(flex._compiled) == 6
         assert "recompile_limit" not in caplog.text
 
     def test_batch_sizes_share_a_function(self, counting_compiler, route):
@@ -287,24 +296,24 @@ class TestOneFunctionPerPlan:
         mask = gna_mask(GRID, device="cpu")
         with backend(route):
             for dtype in (torch.float32, torch.bfloat16):
-                for dim in range(8, 20):
+                for dim in range(8, 14):
                     qkv = [x[..., :1].expand(-1, -1, -1, dim) for x in inputs(dtype=dtype)]
                     assert_attends(flex_attention(*qkv, block_mask=mask), qkv)
-        assert counting_compiler.frame_count == len(flex._compiled) == 24
+        assert counting_compiler.frame_count == len(flex._compiled) == 12
 
     def test_scales_have_functions_of_their_own(self, counting_compiler, route):
         mask = gna_mask(GRID, device="cpu")
         qkv = inputs()
         with backend(route):
-            for scale in range(12):
+            for scale in range(6):
                 assert_attends(flex_attention(*qkv, block_mask=mask, scale=scale / 10), qkv, scale=scale / 10)
-        assert counting_compiler.frame_count == len(flex._compiled) == 12
+        assert counting_compiler.frame_count == len(flex._compiled) == 6
 
     def test_tables_captured_by_one_score_mod(self, counting_compiler, route):
         mask = gna_mask(GRID, device="cpu")
         qkv = inputs()
         with backend(route), torch.no_grad():
-            for _ in range(12):
+            for _ in range(6):
                 table = torch.randn(2, GRID.tokens, GRID.tokens)
                 out = flex_attention(*qkv, lambda s, b, h, i, j, t=table: s + t[h, i, j], mask)
                 assert_attends(out, qkv, bias=table)
@@ -320,7 +329,7 @@ class TestOneFunctionPerPlan:
             return lambda s, b, h, i, j: score_mod(score_mod(s, b, h, i, j), b, h, i, j)
 
         with backend(route), torch.no_grad():
-            for slope in range(12):
+            for slope in range(6):
                 score_mod = eval(f"lambda s, b, h, i, j: s + {slope} * 0.01 * (i - j)")
                 out = flex_attention(*qkv, twice(score_mod) if wrapped else score_mod, mask)
                 assert_attends(out, qkv, bias=(2 if wrapped else 1) * slope * 0.1 * linear_bias_matrix(GRID.tokens))
@@ -334,40 +343,40 @@ class TestOneFunctionPerPlan:
             return lambda s, b, h, i, j: s + x * (i - j)
 
         with backend(route), torch.no_grad():
-            for layer in range(12):
+            for layer in range(6):
                 out = flex_attention(*qkv, slope(0.01 * layer), mask)
                 assert_attends(out, qkv, bias=0.1 * layer * linear_bias_matrix(GRID.tokens))
 
     def test_rebuilt_masks_share_a_function(self, counting_compiler, route):
         qkv = inputs()
         with backend(route):
-            for _ in range(12):
+            for _ in range(6):
                 flex_attention(*qkv, block_mask=gna_mask(GRID, device="cpu"))
         assert counting_compiler.frame_count == len(flex._compiled) == 1
 
 
 def test_warns_once_at_half_of_the_limit(counting_compiler, monkeypatch, caplog):
     monkeypatch.setattr(flex, "COMPILED_LIMIT", 8)
-    qkv = inputs(twelve()[0])
+    qkv = inputs(six()[0])
     told = []
     with backend("flex"), caplog.at_level(logging.WARNING, logger="gna_flex"):
-        for gna in twelve():
+        for gna in six():
             flex_attention(*qkv, block_mask=gna_mask(gna, device="cpu"))
             told.append(len([record for record in caplog.records if record.name == "gna_flex"]))
-    assert told == [0] * 3 + [1] * 9
+    assert told == [0] * 3 + [1] * 3
     assert "compiled FlexAttention for 4 different combinations" in caplog.text
     assert "Reuse masks and sizes" in caplog.text
 
 
 def test_least_recently_used_function_is_dropped(counting_compiler, monkeypatch):
     monkeypatch.setattr(flex, "COMPILED_LIMIT", 4)
-    masks = [gna_mask(gna, device="cpu") for gna in twelve()]
-    qkv = inputs(twelve()[0])
+    masks = [gna_mask(gna, device="cpu") for gna in six()]
+    qkv = inputs(six()[0])
 
     def call(number: int) -> int:
         """Functions compiled by a call."""
         before = counting_compiler.frame_count
-        assert_attends(flex_attention(*qkv, block_mask=masks[number]), qkv, twelve()[number])
+        assert_attends(flex_attention(*qkv, block_mask=masks[number]), qkv, six()[number])
         assert len(flex._compiled) <= 4
         return counting_compiler.frame_count - before
 
@@ -413,7 +422,7 @@ def closure_mask(window: int) -> BlockMask:
 
 
 def test_two_masks_give_no_symbolic_sizes():
-    masks = [gna_mask(gna, device="cpu").plain for gna in twelve()[:6]]
+    masks = [gna_mask(gna, device="cpu").plain for gna in six()]
     graphs = graphs_of(torch_flex_attention, masks, 24)
     assert len(graphs) == 6
     assert [symbolic_sizes(graph) for graph in graphs] == [[]] * 6
@@ -427,7 +436,7 @@ def test_captured_integers_do_give_symbolic_sizes():
 
 @FRONTS
 def test_routed_graphs_have_no_symbolic_sizes(front):
-    masks = [gna_mask(gna, device="cpu") for gna in twelve()[:6]]
+    masks = [gna_mask(gna, device="cpu") for gna in six()]
     graphs = graphs_of(front, masks, 24)
     assert len(graphs) == 6
     assert [symbolic_sizes(graph) for graph in graphs] == [[]] * 6

@@ -285,8 +285,11 @@ def test_copies_stand_alone():
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 
-@ALL
-@BACKENDS
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [*((case, "aot_eager") for case in CASES.values()), (CASES["flux"], "eager")],
+    ids=[*CASES, "flux-eager"],
+)
 @torch.no_grad()
 def test_compiled_models(case, backend, fresh_compiler):
     """One graph, also with padded text and dense steps."""

@@ -97,7 +97,7 @@ class Shared:
 
 @functools.lru_cache(maxsize=8)
 def shared(places: tuple[Any, ...], symbols: tuple[Any, ...]) -> Shared:
-    """What is known of programs with such places of registers and such symbols: nothing, until the first one is made."""
+    """What is known of programs with such places of registers and such symbols: nothing until the first one is made."""
     return Shared()
 
 
