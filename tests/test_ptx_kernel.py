@@ -1,4 +1,4 @@
-"""The forward kernels in the PTX interpreter: small problems of every kind against float64, each with a seed of its own.
+"""The forward kernels in the PTX interpreter: small problems of every kind against float64, each with its own seed.
 
 ``PTX_SEEDS=20 python -m pytest -n 2 tests/test_ptx_kernel.py`` tries each problem with 20 seeds.
 """
