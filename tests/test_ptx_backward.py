@@ -13,6 +13,12 @@ from machine_code import needs_nvrtc
 needs_nvrtc()
 
 from backward_problems import PASSES, PROBLEMS, check_pass  # noqa: E402
+from kernel_problems import Problem  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from gna_flex import GNA  # noqa: E402
+from gna_flex.cuda.kernel import Config  # noqa: E402
+from gna_flex.cuda.tables import KernelTiles  # noqa: E402
 
 
 @pytest.mark.parametrize("seed", range(int(os.getenv("PTX_SEEDS", "1"))))
@@ -23,3 +29,17 @@ def test_gradients_equal_float64(name: str, kind: str, seed: int) -> None:
     if kind == "fused" and problem.config.head_dim == 96:
         pytest.skip("no fused pass is written for head dim 96")
     check_pass(problem, kind, seed)
+
+
+class Opposites(Problem):
+    """Every query's only key is its opposite, so that a key of zeros would weigh infinitely much."""
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        query, _, value = super().tensors()
+        return query, -query, value
+
+
+def test_rows_that_no_box_fills_stay_zero() -> None:
+    """In a fused pass all keys of a slot meet the next item's gradients of scores."""
+    tiles = KernelTiles((1, 5, 7), 2, 2, (1, 4, 7), 32)
+    check_pass(Opposites(GNA((9, 9), 1), Config(64, 32), tiles, heads=4, key_heads=4, scale=4.0), "fused", 0)

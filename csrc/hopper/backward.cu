@@ -306,12 +306,13 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       }
     }
   };
-  // Gradients through this warpgroup's rows of a slot. Keys of text that do not count have none.
+  // Gradients through this warpgroup's rows of a slot. Keys of text that do not count have none; and rows that no box fills
+  // become zeros again, as the next item's dQ must not meet a NaN there.
   auto write = [&](const Work& W, float (&x)[kHeadDim / 2], u32 to) {
-    if (TEXT && kRowsAreKeys)
+    if (kFused || (TEXT && kRowsAreKeys))
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        if (ignored(W, r))
+        if (kFused ? !counts[r] : ignored(W, r))
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; i++) x[i] = (i >> 1 & 1) == r ? 0.f : x[i];
 #pragma unroll
