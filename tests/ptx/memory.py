@@ -197,11 +197,12 @@ class Shared:
         self.read[words, warp.index] = FUTURE
         self._reading.append((warp.index, words))
 
-    def end_async_read(self, warp: Warp, words: np.ndarray) -> None:
-        """The warp has waited for the end of an asynchronous read."""
-        at = next(i for i, (index, mine) in enumerate(self._reading) if index == warp.index and mine is words)
-        del self._reading[at]
-        self.read[words, warp.index] = warp.clock[warp.index]
+    def end_async_reads(self, warp: Warp, reads: list[np.ndarray]) -> None:
+        """The warp has waited for the end of asynchronous reads of these words."""
+        for words in reads:
+            at = next(i for i, (index, mine) in enumerate(self._reading) if index == warp.index and mine is words)
+            del self._reading[at]
+            self.read[words, warp.index] = warp.clock[warp.index]
         for index, others in self._reading:
             if index == warp.index:
                 self.read[others, index] = FUTURE

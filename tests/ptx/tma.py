@@ -170,7 +170,7 @@ class StoreGroups:
         old = [store for group in self.groups[: len(self.groups) - allowed] for store in group]
         for store in [store for store in self._unread if any(store is other for other in old)]:
             self._unread.remove(store)
-            store.shared.end_async_read(warp, store.words)
+            store.shared.end_async_reads(warp, [store.words])
 
     @property
     def unread(self) -> int:

@@ -41,6 +41,12 @@ def decoded(descriptor: int) -> Layout:
     return Layout(start, leading, stride, SPANS[field(descriptor, 62, 2)])
 
 
+@functools.cache
+def row_set(key: bytes) -> frozenset[int]:
+    """The places of registers in the bytes of an array of them."""
+    return frozenset(np.frombuffer(key, np.int64).tolist())
+
+
 def to_matrix(fragment: np.ndarray) -> np.ndarray:
     """Accumulator registers ``[N / 2, 32]`` as ``[16, N]``."""
     return fragment.reshape(-1, 2, 2, 8, 4).transpose(1, 3, 0, 4, 2).reshape(ROWS, -1)
@@ -80,6 +86,7 @@ class Product:
         self.inputs = [] if isinstance(a, int) else a.tolist()
         self.shared = warp.block.shared
         self.reads: list[np.ndarray] = []
+        self.done = False
         self._a: np.ndarray | None = None
         self._b = self._elements(b, 0, shape.columns, shape.transposed_b)
         if isinstance(a, int):
@@ -154,14 +161,13 @@ class Queue:
             del log[key]
 
     def _check_registers(self, rows: np.ndarray, key: bytes, a: np.ndarray | int) -> None:
-        mine = {int(row) for row in rows}
-        inputs = set() if isinstance(a, int) else {int(row) for row in a}
+        mine, inputs = row_set(key), frozenset(() if isinstance(a, int) else a.tolist())
         for other in self._values:
-            if other != key and not mine.isdisjoint(np.frombuffer(other, rows.dtype).tolist()):
+            if other != key and not mine.isdisjoint(row_set(other)):
                 raise InFlightError("two accumulators in flight share registers")
-            if not inputs.isdisjoint(np.frombuffer(other, rows.dtype).tolist()):
+            if not inputs.isdisjoint(row_set(other)):
                 raise InFlightError("an operand is an accumulator in flight")
-        if any(self.warp.in_flight.get((4, row)) == OPERAND for row in mine):
+        if any(why == OPERAND and row in mine for (_, row), why in self.warp.in_flight.items()):
             raise InFlightError("an accumulator is an operand in flight")
         used = sorted(inputs if key in self._values else mine | inputs)
         if self._fenced is None or not np.array_equal(self._fenced[used], self.warp.file[used]):
@@ -176,11 +182,12 @@ class Queue:
         product = self._todo.pop(0)
         key = product.rows.tobytes()
         self._values[key] = product.compute(self._values[key])
+        product.done = True
 
     def complete(self, allowed: int) -> bool:
         """Whether all groups but the last ``allowed`` ones are computed."""
         old = self.groups[: max(len(self.groups) - allowed, 0)]
-        return not any(product is todo for group in old for product in group for todo in self._todo)
+        return all(product.done for group in old for product in group)
 
     def retire(self, allowed: int) -> None:
         """The warp has waited: results of these groups come into registers."""
@@ -188,9 +195,9 @@ class Queue:
         old, self.groups = self.groups[:count], self.groups[count:]
         left = [product for group in (*self.groups, self.open) for product in group]
         busy = {product.rows.tobytes() for product in left}
-        for product in (product for group in old for product in group):
-            for words in product.reads:
-                self.warp.block.shared.end_async_read(self.warp, words)
+        retired = [product for group in old for product in group]
+        self.warp.block.shared.end_async_reads(self.warp, [words for product in retired for words in product.reads])
+        for product in retired:
             key = product.rows.tobytes()
             if key not in busy and key in self._values:
                 bits = to_fragment(self._values.pop(key)).astype(np.float32).view(np.uint32)
