@@ -56,6 +56,8 @@ class Case(NamedTuple):
 
 
 SMALL = GNA((6, 9), (3, 4), (2, 1), text_last=5)
+HEADS_DIFFER = GNA((6, 9), (3, 4)), GNA((6, 9), (6, 9)), GNA((6, 9), (5, 1), causal=True)
+DILATIONS_DIFFER = GNA((6, 9), (3, 4)), GNA((6, 9), (3, 2), dilation=(2, 3))
 CASES = {
     "1d": Case(GNA(37, 5)),
     "1d-causal": Case(GNA(40, 7, 3, causal=True)),
@@ -82,8 +84,11 @@ CASES = {
     "head-dim-40": Case(SMALL, dim=40, value_dim=40),
     "value-dim": Case(SMALL, dim=16, value_dim=40),
     "two-blocks": Case(GNA((12, 14), (5, 3)), options={"q_block": 64, "kv_block": 32}),
-    "heads-differ": Case(
-        (GNA((6, 9), (3, 4)), GNA((6, 9), (6, 9)), GNA((6, 9), (5, 1), causal=True)), heads=3, kv_heads=3
-    ),
-    "dilations-differ": Case((GNA((6, 9), (3, 4)), GNA((6, 9), (3, 2), dilation=(2, 3))), batch=1),
+    "heads-differ": Case(HEADS_DIFFER, heads=3, kv_heads=3),
+    "dilations-differ": Case(DILATIONS_DIFFER, batch=1),
+    # Several at once, for routes that are compiled.
+    "grouped-heads-value-dim": Case(SMALL, heads=6, kv_heads=2, value_dim=40),
+    "packed-text-first": Case(GNA((6, 9), (3, 4), text_first=7), storage="packed"),
+    "heads-differ-head-dim-8": Case(HEADS_DIFFER, heads=3, kv_heads=3, dim=8, value_dim=8),
+    "dilations-differ-head-dim-40": Case(DILATIONS_DIFFER, batch=1, dim=40, value_dim=40),
 }

@@ -62,6 +62,7 @@ def test_mask_against_create_block_mask(capsys, monkeypatch, order):
 
 def test_what_cannot_run_is_not_run(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CREATE_BLOCK_MASK_PAIRS", 0)
+    measure_in(monkeypatch, PoolOfThisProcess)
     out = ok(capsys, "bench", "mask", "8x8", "--window", "3", "--repeats", "1")
     assert "not run" in out
     assert "MiB" in out
