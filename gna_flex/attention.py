@@ -13,7 +13,7 @@ from gna_flex import ops as ops
 from gna_flex.direct import recall
 from gna_flex.flex import autocast, eager_attention, reference, route_of, wants_grad
 from gna_flex.mask import GNABlockMask
-from gna_flex.reference import ScoreMod
+from gna_flex.reference import FLOAT8, ScoreMod
 from gna_flex.routing import Route
 
 
@@ -51,13 +51,21 @@ def flex_attention(
     Returns:
         ``[B, H, S, Dv]`` in the type of ``query``; with statistics a pair, as in torch.
 
+    Query, key and value may all be float8_e4m3fn, without gradients: the output is bfloat16. ``scale`` then also
+    undoes the scaling of query and key; that of the value is left to the caller.
+
     Raises:
-        ValueError: if shapes, types, devices or heads do not fit each other or the mask.
+        ValueError: if shapes, types, devices or heads do not fit each other or the mask, or a gradient of
+            float8_e4m3fn is wanted.
 
     >>> from gna_flex import GNA, gna_mask
     >>> q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
     >>> flex_attention(q, k, v, block_mask=gna_mask(GNA((8, 8), window=3), device="cpu")).shape
     torch.Size([1, 2, 64, 16])
+    >>> q8, k8, v8 = (x.mul(4).to(torch.float8_e4m3fn) for x in (q, k, v))
+    >>> mask = gna_mask(GNA((8, 8), window=3), device="cpu")
+    >>> (flex_attention(q8, k8, v8, block_mask=mask, scale=16**-0.5 / (4 * 4)) / 4).dtype
+    torch.bfloat16
     """
     mask = block_mask if isinstance(block_mask, GNABlockMask) else None
     compiling = torch.compiler.is_compiling()
@@ -174,6 +182,10 @@ def _check(
             "query, key and value must share one floating-point type, "
             f"but got {query.dtype}, {key.dtype} and {value.dtype}"
         )
+    if query.dtype.itemsize == 1 and query.dtype != FLOAT8:
+        raise ValueError(f"of types with 8 bits only {FLOAT8} is possible, not {query.dtype}")
+    if query.dtype == FLOAT8 and wants_grad(query, key, value):
+        raise ValueError(f"{FLOAT8} has no gradient: call it under torch.no_grad(), or in bfloat16")
     if query.device != key.device or query.device != value.device or query.device != mask.device:
         raise ValueError(
             f"query, key, value and block_mask must be on one device, but are on {query.device}, {key.device}, "

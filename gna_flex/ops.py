@@ -17,7 +17,7 @@ from gna_flex.flex import eager_attention, to_base_2
 from gna_flex.mask import mask_of
 from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import reference_attention
+from gna_flex.reference import output_type, reference_attention
 from gna_flex.reference_backward import reference_backward
 from gna_flex.routing import backward_obstacle, forced
 from gna_flex.tiling import from_tiles, to_tiles
@@ -48,7 +48,8 @@ def _eager_attention(
     """
     if isinstance(query, FakeTensor):
         stats = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        return query.new_empty(*query.shape[:-1], value.shape[-1]), stats, stats.clone()
+        out = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=output_type(query.dtype))
+        return out, stats, stats.clone()
     lse = query.device.type != "cpu"
     gqa = query.shape[1] != key.shape[1]
     top = lse and maximum
@@ -162,7 +163,7 @@ def _gnas(
 def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Attention by the hand-written kernel; log-sum-exp in float32, natural logarithm."""
     (*lists, text_first, text_last), scale, text_valid = _split(query, rest)
-    shape = (query.shape[-1], query.dtype == torch.float16, query.device.index)
+    shape = (query.shape[-1], query.dtype, query.device.index)
     plan = _plan(*map(tuple, lists), text_first, text_last, *shape)
     return plan.run(query, key, value, scale, None if text_valid is None else text_valid.contiguous())
 
@@ -176,8 +177,8 @@ def _plan(*arguments: Any) -> Plan:
     """
     from gna_flex.cuda.forward import plan, request_on
 
-    *numbers, head_dim, float16, device = arguments
-    request = request_on(device, _gnas(*numbers), head_dim, float16)
+    *numbers, head_dim, dtype, device = arguments
+    request = request_on(device, _gnas(*numbers), head_dim, dtype)
     name = kernels.kernel_for(request.capability)
     if name in kernels.UNTRIED and (why := kernels.untested(name, device)):
         raise RuntimeError(f"the {name} kernel is not used: {why}")
@@ -188,12 +189,13 @@ def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tup
     """The reference, where there is no kernel."""
     numbers, scale, text_valid = _split(query, rest)
     out, lse, _ = reference_attention(query, key, value, _mask_mod(numbers, text_valid), scale=scale)
-    return torch.empty_like(query).copy_(out), lse.float()
+    return torch.empty_like(query, dtype=out.dtype).copy_(out), lse.float()
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _split(query, rest)
-    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    out = torch.empty_like(query, dtype=output_type(query.dtype))
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 _library.impl("attention", _attention_cuda, "CUDA")

@@ -12,8 +12,15 @@ from gna_flex.mask_mod import MaskMod
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
+FLOAT8 = torch.float8_e4m3fn
+"""The type of 8 bits that inputs may have. It has no arithmetic: all is computed in float32."""
 CHUNK = 1 << 26
 """Scores held at a time per batch entry: queries come in chunks."""
+
+
+def output_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of the output for inputs of a type: the same, but bfloat16 for float8_e4m3fn."""
+    return torch.bfloat16 if dtype == FLOAT8 else dtype
 
 
 def reference_attention(
@@ -27,10 +34,10 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of ``[B, H, S, D]`` queries to ``[B, Hkv, Skv, D]`` keys where ``mask_mod`` holds.
 
-    Grouped heads: ``H`` is a multiple of ``Hkv``. Half precision computes in float32. A query that sees no key gives 0.
+    Grouped heads: ``H`` is a multiple of ``Hkv``. Fewer bits than 32 compute in float32. A query without keys gives 0.
 
     Returns:
-        Output ``[B, H, S, Dv]`` in the type of ``query``; log-sum-exp and maximum of its scores ``[B, H, S]``, natural
+        Output ``[B, H, S, Dv]`` of :func:`output_type`; log-sum-exp and maximum of its scores ``[B, H, S]``, natural
         logarithm, float32 (float64 for float64), ``-inf`` for a query that sees no key.
     """
     with torch.autocast(query.device.type, enabled=False):
@@ -40,7 +47,7 @@ def reference_attention(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask_mod: MaskMod, score_mod: ScoreMod | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    work = torch.promote_types(query.dtype, torch.float32)
+    work = torch.promote_types(output_type(query.dtype), torch.float32)
     batch, heads, q_len, dim = query.shape
     scale = 1 / math.sqrt(dim) if scale is None else scale
     groups = heads // key.shape[1]
@@ -59,7 +66,7 @@ def _attention(
         empty = ~keep.any(-1, keepdim=True)
         scores = scores.masked_fill(~keep, -math.inf).masked_fill(empty, 0)
         lse, top = scores.logsumexp(-1, keepdim=True), scores.amax(-1, keepdim=True)
-        out = ((scores - lse).exp() @ values).masked_fill(empty, 0).to(query.dtype)
+        out = ((scores - lse).exp() @ values).masked_fill(empty, 0).to(output_type(query.dtype))
         parts.append((out, *(x.masked_fill(empty, -math.inf).squeeze(-1) for x in (lse, top))))
     out, lse, top = (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
     return out, lse, top

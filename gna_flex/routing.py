@@ -12,12 +12,17 @@ from typing import NamedTuple
 import torch
 
 from gna_flex import kernels
+from gna_flex.reference import FLOAT8
 
 ROUTES = (*kernels.KERNELS, "flex-tiles", "flex", "reference")
 """Routes in order of preference: CUDA kernels, compiled FlexAttention in tile order and in the given one, reference."""
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_MAX_HEAD_DIM = {"hopper": 256, "blackwell": 128}
+FLOAT8_KERNELS = ("blackwell",)
+"""Kernels that take float8_e4m3fn, outside of compiled graphs."""
+FLOAT8_HEAD_DIMS = (64, 128)
+"""Head dims that they take it with: their rows are 64 or 128 bytes."""
 
 BACKWARD_MAX_HEAD_DIM = {"hopper": 128, "blackwell": 0}
 """Up to which head dim a kernel has a backward of its own; two accumulators of more columns leave no registers."""
@@ -196,7 +201,12 @@ def _kernel_obstacle(name: str, facts: Facts) -> str:
         return facts.missing
     if facts.backend != "AUTO":
         return f"kernel_options ask for BACKEND={facts.backend}"
-    if facts.dtype not in KERNEL_DTYPES:
+    if facts.dtype == FLOAT8 and name in FLOAT8_KERNELS:
+        if facts.compiling:
+            return "inside a compiled graph it computes in float16 and bfloat16 only"
+        if facts.head_dim not in FLOAT8_HEAD_DIMS:
+            return f"with {FLOAT8} it takes head dims 64 and 128, not {facts.head_dim}"
+    elif facts.dtype not in KERNEL_DTYPES:
         return f"it computes in float16 and bfloat16, not in {facts.dtype}"
     if facts.head_dim % 8 or facts.head_dim > most:
         return f"it takes head dims that are multiples of 8 up to {most}, not {facts.head_dim}"

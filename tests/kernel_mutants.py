@@ -70,8 +70,9 @@ class Mutation:
     @cached_property
     def text(self) -> str:
         problem, _ = self.runs[0]
-        half = problem.config.float16
-        plan = launch.HostPlan((problem.gna,), problem.config, problem.tiles, problem.config.head_dim, half)
+        config = problem.config
+        types = (config.float16, config.float8)
+        plan = launch.HostPlan((problem.gna,), config, problem.tiles, config.head_dim, *types)
         return launch.ptx(plan.config)
 
     def mutants(self, name: str) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from gna_flex.cuda.blackwell import BlackwellConfig
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.tables import KernelTiles
+from gna_flex.reference import FLOAT8, output_type
+from gna_flex.selftest.problems import rounded_weights
 
 
 class Problem(NamedTuple):
@@ -43,9 +46,10 @@ class Problem(NamedTuple):
         width = self.head_dim or self.config.head_dim
 
         def make(heads: int, last: bool = self.heads_last) -> Tensor:
-            if last:
-                return torch.randn(self.batch, self.gna.tokens, heads, width, dtype=self.dtype).transpose(1, 2)
-            return torch.randn(self.batch, heads, self.gna.tokens, width, dtype=self.dtype)
+            sizes = (self.gna.tokens, heads) if last else (heads, self.gna.tokens)
+            drawn = torch.float32 if self.dtype == FLOAT8 else self.dtype
+            x = torch.randn(self.batch, *sizes, width, dtype=drawn).to(self.dtype)
+            return x.transpose(1, 2) if last else x
 
         return make(self.heads), make(self.key_heads), make(self.key_heads, self.heads_last or self.values_last)
 
@@ -233,13 +237,26 @@ BLACKWELL = {name: Problem(gnas, *shapes, **rest) for name, (gnas, _, shapes, re
 }  # fmt: skip
 
 
+def in_8_bits(problem: Problem) -> Problem:
+    """The same in float8_e4m3fn, with a head dim that it may have."""
+    head_dim = 128 if problem.config.head_dim > 64 else 64
+    return problem._replace(config=replace(problem.config, head_dim=head_dim, float8=True), dtype=FLOAT8)
+
+
+IN_8_BITS = (
+    "2-D", "text, some of it valid", "dilation", "causal, head dim 128", "grouped heads",
+    "values that lie otherwise than keys", "large scores and masks", "head dim 128, 96 keys", "head dim 64, 128 keys",
+)  # fmt: skip
+BLACKWELL |= {f"{name}, float8": in_8_bits(BLACKWELL[name]) for name in IN_8_BITS}
+
+
 def in_low_precision(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float) -> Tensor:
-    """What attention loses with weights and output in 16 bits, everything else in float32."""
+    """What attention loses with weights and output in few bits, everything else in float32."""
     groups = query.shape[1] // key.shape[1]
     q, k, v = (x.float() for x in (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)))
     scores = (q @ k.mT * scale).masked_fill(~keep, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return (weights.to(query.dtype).float() @ v / weights.sum(-1, keepdim=True)).to(query.dtype)
+    return (rounded_weights(weights, query.dtype) @ v / weights.sum(-1, keepdim=True)).to(output_type(query.dtype))
 
 
 def check(problem: Problem, seed: int, **options: Any) -> Machine:

@@ -16,6 +16,7 @@ from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcode
 from gna_flex.cuda import jit
 from gna_flex.cuda.blackwell import ARCHITECTURES, FAMILY, HEAD_DIMS, POLYNOMIAL_ERROR, BlackwellConfig
 from gna_flex.cuda.config import SHARED_LIMIT
+from gna_flex.routing import FLOAT8_HEAD_DIMS
 
 needs_nvrtc()
 
@@ -46,12 +47,18 @@ CONFIGS = [
     *(default(head_dim, float16=True, dilated=True, map_sets=3) for head_dim in (64, 128)),
     *(replace(*BlackwellConfig.defaults(head_dim, (10, 0)), text=True) for head_dim in HEAD_DIMS),
     BlackwellConfig(128, keys=96, key_stages=4, text=True),
+    *(default(head_dim, float8=True, text=head_dim == 128) for head_dim in FLOAT8_HEAD_DIMS),
 ]
 
 
 def name_of(config: BlackwellConfig) -> str:
     parts = [f"d{config.head_dim}", f"k{config.keys}", *([f"m{config.map_sets}"] if config.dilated else [])]
-    parts += ["text"] * config.text + ["f16"] * config.float16 + [f"p{config.polynomial}"] * (config.polynomial > 0)
+    parts += (
+        ["text"] * config.text
+        + ["f16"] * config.float16
+        + ["f8"] * config.float8
+        + [f"p{config.polynomial}"] * (config.polynomial > 0)
+    )
     return "-".join(parts)
 
 
@@ -78,10 +85,16 @@ def test_registers_and_spills(config):
 
 
 @pytest.mark.parametrize("arch", [ARCHITECTURES[10, 3], FAMILY])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("text", [False, True])
-def test_all_architectures(arch, head_dim, text):
-    cubin = built(default(head_dim, text=text), arch)
+@pytest.mark.parametrize(
+    ("head_dim", "changes"),
+    [
+        *((head_dim, {"text": text}) for text in (False, True) for head_dim in HEAD_DIMS),
+        *((head_dim, {"float8": True}) for head_dim in FLOAT8_HEAD_DIMS),
+    ],
+    ids=str,
+)
+def test_all_architectures(arch, head_dim, changes):
+    cubin = built(default(head_dim, **changes), arch)
     (usage,) = jit.resource_usage(cubin.log)
     assert usage.registers == REGISTERS
     assert jit.spills(cubin.log) <= SPILLED_BYTES
@@ -112,8 +125,9 @@ def test_python_and_cuda_agree_or_it_does_not_compile():
         (BlackwellConfig(128, key_stages=4), "too much shared memory"),
         (BlackwellConfig(128, output_stages=0), "output leaves through shared memory"),
         (BlackwellConfig(128, polynomial=9), "a share of 8 pairs"),
+        (BlackwellConfig(96, float8=True), "in 8 bits head dims are 64 and 128"),
     ],
-    ids=["head-dim", "large-head", "keys", "many-keys", "stages", "memory", "outputs", "polynomial"],
+    ids=["head-dim", "large-head", "keys", "many-keys", "stages", "memory", "outputs", "polynomial", "8-bits"],
 )
 def test_what_is_not_possible_does_not_compile(config, words):
     with pytest.raises(jit.CompileError, match=words):
@@ -133,9 +147,11 @@ def test_instructions(config, tmp_path):
     assert [name.split(".")[1] for name in turns] == ["TRY_ALLOC", "DEALLOC", "DEALLOC"]
     first, second, third = (i for i, name in enumerate(names) if name.startswith("USETMAXREG"))
     softmax, correction, others = names[first:second], names[second:third], names[third:]
-    # Per box and tile: one multiplication for 16 columns of the head dim (also of the first box), one for 16 keys.
-    assert kinds(others)["UTCHMMA"] == 2 * (2 * config.head_dim // 16 + config.keys // 16)
-    assert not kinds(softmax + correction)["UTCHMMA"]
+    # Per box and tile: one multiplication for 16 columns of the head dim (also of the first box), one for 16 keys; in 8
+    # bits for 32.
+    product, summed = ("UTCQMMA", 32) if config.float8 else ("UTCHMMA", 16)
+    assert kinds(others)[product] == 2 * (2 * config.head_dim // summed + config.keys // summed)
+    assert not kinds(softmax + correction)[product]
     assert kinds(others)["ELECT"] < 5, "a loop over threads around what one thread does"
     assert kinds(softmax)["LDTM"] == kinds(softmax)["STTM"] == config.keys // 32
     # Output: read and written to rescale it, and read at the end; the compiler may copy these loops over the two tiles.

@@ -86,3 +86,5 @@ def test_known_values(found):
     assert values["values-0-64"] == 0x08110490
     assert values["keys-128-128"] == 0x4000404000010000
     assert values["values-128-128"] == 0x4000404004000000
+    assert values["values-in-8-bits-1-128"] == 0x08210010
+    assert values["values-in-8-bits-128-128"] == 0x4000404000000000

@@ -254,7 +254,7 @@ def test_programs_that_were_exported_elsewhere_obey_the_verdict(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     monkeypatch.setattr(kernels, "untested", lambda kernel, device: f"its self-test failed on {device}")
     with pytest.raises(RuntimeError, match="the blackwell kernel is not used: its self-test failed on 3"):
-        ops._plan((8, 8), (3, 3), (1, 1), (1, 1), (False, False), 0, 0, 64, False, 3)
+        ops._plan((8, 8), (3, 3), (1, 1), (1, 1), (False, False), 0, 0, 64, torch.bfloat16, 3)
 
 
 def test_threads_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@
 # ## Which route a call takes
 #
 # The route is called `blackwell`. It is preferred on GPUs of capability 10, for the calls that `hopper` takes on others
-# (float16 or bfloat16, no `score_mod`, no `and_mask`), with head dims up to 128. Until the self-test has passed, calls
+# (float16 or bfloat16, no `score_mod`, no `and_mask`), with head dims up to 128.
+# It also takes float8_e4m3fn, never run by
+# us either: head dims 64 and 128, no gradient, in no compiled graph. Until the self-test has passed, calls
 # take compiled FlexAttention. GPUs of capability 12 (GeForce, RTX PRO) lack the instructions, and keep FlexAttention.
 
 # %%

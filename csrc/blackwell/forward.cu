@@ -3,7 +3,7 @@
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a slot), KEY_STAGES (slots of keys or values),
 // OUTPUT_STAGES (slots of one tile's output, one chunk of columns), POLYNOMIAL (of 8 pairs of exponentials in the middle,
-// those computed without the unit for them), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT
+// those computed without the unit for them), FLOAT16 (else bfloat16), FLOAT8 (e4m3 in, bfloat16 out), DILATED, MAP_SETS (of dilation group lengths), TEXT
 // (whether there may be text), BOUNDED_WAITS (debug).
 //
 // One CTA has two tiles of at most 128 queries, boxes that lie side by side and share the key boxes. Its warps have roles:
@@ -19,7 +19,10 @@
 #include "blackwell/softmax.cuh"
 
 constexpr int kHeadDim = HEAD_DIM, kKeyStages = KEY_STAGES, kOutputStages = OUTPUT_STAGES;
-constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32, kChunks = kHeadDim / kColumns, kRowBytes = 2 * kColumns;
+constexpr int kBytes = FLOAT8 ? 1 : 2, kSummed = 32 / kBytes;  // of an element; those that one multiplication sums over
+// Columns of a chunk: of output, and of what comes in. A row of one has 128 or 64 bytes, which is also its swizzle.
+constexpr int kOutColumns = kHeadDim % 64 == 0 ? 64 : 32, kOutChunks = kHeadDim / kOutColumns, kOutRowBytes = 2 * kOutColumns;
+constexpr int kColumns = FLOAT8 ? kHeadDim : kOutColumns, kChunks = kHeadDim / kColumns, kRowBytes = kBytes * kColumns;
 constexpr int kRows = 128, kTiles = 2;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
 // First warps of roles; those of softmax come first, and the one that fetches items comes last.
@@ -27,6 +30,7 @@ constexpr int kCorrection = 8, kMultiply = 12, kStore = 13, kLoad = 14, kWarps =
 constexpr int kSoftmaxRegisters = 184, kCorrectionRegisters = 96, kOtherRegisters = 48;
 static_assert(2 * kSoftmaxRegisters + kCorrectionRegisters + kOtherRegisters <= 512, "a multiprocessor has 64 K registers");
 static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128, "head dims are multiples of 32 up to 128; pad others");
+static_assert(!FLOAT8 || kHeadDim == 64 || kHeadDim == 128, "in 8 bits head dims are 64 and 128: other rows have no swizzle here");
 static_assert(kKeys % 32 == 0 && kKeys <= 128, "slots of keys have 32, 64, 96 or 128 rows");
 static_assert(kKeyStages >= 2, "values and the next keys are in use at once");
 static_assert(kOutputStages >= 1, "output leaves through shared memory");
@@ -34,7 +38,7 @@ static_assert(kPolynomial >= 0 && kPolynomial <= 8, "a share of 8 pairs");
 
 // Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
 constexpr u32 kQueryChunk = kTiles * kRows * kRowBytes, kQueryBytes = kChunks * kQueryChunk;
-constexpr u32 kOutputBytes = kRows * kRowBytes;
+constexpr u32 kOutputBytes = kRows * kOutRowBytes;
 constexpr u32 kKeyChunk = kKeys * kRowBytes, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kQueries = 0, kOutputs = kQueries + kQueryBytes, kRing = kOutputs + kOutputStages * kOutputBytes,
               kTable = kRing + kKeyStages * kKeyBytes, kFactors = kTable + (kKeys + 5) * 16,
@@ -104,7 +108,7 @@ __device__ __forceinline__ void fetch_items(const Cta& C) {
     const int lengths = W.lengths;
     C.arrive(item_full + R.index);
     C.wait(q_empty, Q.phase);
-    load_queries<kTiles, kRows, kColumns, kChunks>(C.base + kQueries, C.bar(q_full), C.maps.q, C.P.q, queries, lengths, C.P);
+    load_queries<kTiles, kRows, kColumns, kChunks, kBytes>(C.base + kQueries, C.bar(q_full), C.maps.q, C.P.q, queries, lengths, C.P);
   }
   // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
   if (atomicAdd(C.P.counters + 1, 1) == gridDim.x - 1) C.P.counters[0] = C.P.counters[1] = 0;
@@ -137,15 +141,15 @@ __device__ __forceinline__ void load_keys(const Cta& C) {
 
 // Issues multiplications: per box and tile, weights times values, then the scores of the next box.
 __device__ __forceinline__ void multiply(const Cta& C) {
-  constexpr u32 scores_shape = mma_shape(kRows, kKeys, false, FLOAT16), values_shape = mma_shape(kRows, kHeadDim, true, FLOAT16);
+  constexpr u32 scores_shape = mma_shape(kRows, kKeys, false, kTypes), values_shape = mma_shape(kRows, kHeadDim, true, kTypes);
   Stage R{0, 0}, Q{0, 0}, K{0, 0}, S{0, 0};
   auto slot = [&] { return C.base + kRing + K.index * kKeyBytes; };
   auto issue_scores = [&](int tile, u32 keys) {
     u32 q = C.base + kQueries + tile * kRows * kRowBytes;
     asm volatile("" : "+r"(q));  // else all operands are kept in registers, too many for this warp
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; i++) {
-      const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
+    for (int i = 0; i < kHeadDim / kSummed; i++) {
+      const u32 chunk = i / (kColumns / kSummed), within = i % (kColumns / kSummed) * 32;
       mma_shared(C.memory + kScores + tile * kTileColumns,
                  operand(q + chunk * kQueryChunk + within, 16, 8 * kRowBytes, kRowBytes),
                  operand(keys + chunk * kKeyChunk + within, 16, 8 * kRowBytes, kRowBytes), scores_shape, i != 0);
@@ -156,9 +160,9 @@ __device__ __forceinline__ void multiply(const Cta& C) {
     u32 weights = C.memory + kWeights + tile * kTileColumns;
     asm volatile("" : "+r"(weights));
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; i++)
+    for (int i = 0; i < kKeys / kSummed; i++)
       mma_memory(C.memory + kOutput + tile * kTileColumns, weights + 8 * i,
-                 operand(values + i * 16 * kRowBytes, kChunks > 1 ? kKeyChunk : 0, 8 * kRowBytes, kRowBytes), values_shape,
+                 operand(values + i * kSummed * kRowBytes, kChunks > 1 ? kKeyChunk : 0, 8 * kRowBytes, kRowBytes), values_shape,
                  accumulate || i != 0);
   };
   for (;; R.next(kRecords), Q.next(1)) {
@@ -280,7 +284,7 @@ __device__ __forceinline__ void compute_weights(const Cta& C, int tile) {
         token += position(d) * P.token_stride[d];
       }
     }
-    const float lse = fmaf(own.maximum, P.scale_log2, __log2f(own.sum)) * 0.69314718f;
+    const float lse = fmaf(own.maximum, P.scale_log2, __log2f(own.sum) - kLift) * 0.69314718f;
     if (exists) P.lse[(long long)W.head * P.tokens + token] = lse;
     C.arrive(item_empty + R.index);
   }
@@ -331,18 +335,18 @@ __device__ __forceinline__ void correct(const Cta& C) {
       C.wait(o_full + tile, O.phase);
       fence_after();
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; chunk++, E.next(kOutputStages)) {
+      for (int chunk = 0; chunk < kOutChunks; chunk++, E.next(kOutputStages)) {
         C.wait(out_empty + E.index, E.phase);
 #pragma unroll
-        for (int c = 0; c < kColumns; c += 32) {
+        for (int c = 0; c < kOutColumns; c += 32) {
           u32 o[1][32];
-          memory_load(o[0], output(tile) + chunk * kColumns + c);
+          memory_load(o[0], output(tile) + chunk * kOutColumns + c);
           memory_loaded(o);
           auto value = [&](int i) { return __uint_as_float(o[0][i]) * inverse; };
 #pragma unroll
           for (int i = 0; i < 32; i += 8) {
-            const int piece = (c + i) / 8, swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
-            store_shared(C.base + kOutputs + E.index * kOutputBytes + row * kRowBytes + swizzled * 16, pack(value(i), value(i + 1)),
+            const int piece = (c + i) / 8, swizzled = kOutColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+            store_shared(C.base + kOutputs + E.index * kOutputBytes + row * kOutRowBytes + swizzled * 16, pack(value(i), value(i + 1)),
                          pack(value(i + 2), value(i + 3)), pack(value(i + 4), value(i + 5)), pack(value(i + 6), value(i + 7)));
           }
         }
@@ -364,10 +368,10 @@ __device__ __forceinline__ void store_outputs(const Cta& C) {
     const bool is_text = TEXT && W.kind;
     const int b = W.head / P.heads, h = W.head % P.heads, set = is_text ? MAP_SETS + W.kind - 1 : W.lengths;
 #pragma unroll 1
-    for (int i = 0; i < kTiles * kChunks; i++, O.next(kOutputStages)) {
-      const int tile = i / kChunks, chunk = i % kChunks;
+    for (int i = 0; i < kTiles * kOutChunks; i++, O.next(kOutputStages)) {
+      const int tile = i / kOutChunks, chunk = i % kOutChunks;
       C.wait(out_full + O.index, O.phase);
-      tensor_store(&C.maps.o[set], C.base + kOutputs + O.index * kOutputBytes, W.column + chunk * kColumns,
+      tensor_store(&C.maps.o[set], C.base + kOutputs + O.index * kOutputBytes, W.column + chunk * kOutColumns,
                    W.query[2] + tile * (is_text ? kRows : P.beside[2]), W.query[1] + tile * (is_text ? 0 : P.beside[1]),
                    W.query[0] + tile * (is_text ? 0 : P.beside[0]), h * P.o.head_place + b * P.o.batch_place);
       stores_begin();

@@ -46,6 +46,11 @@ __device__ __forceinline__ void memory_store(u32 to, const u32 (&r)[32]) {
                ::IN16(r, 0), IN16(r, 16), "r"(to) : "memory");
 }
 
+__device__ __forceinline__ void memory_store(u32 to, const u32 (&r)[8]) {
+  asm volatile("tcgen05.st.sync.aligned.32x32b.x8.b32 [%8], {%0, %1, %2, %3, %4, %5, %6, %7};" ::IN4(r, 0), IN4(r, 4), "r"(to)
+               : "memory");
+}
+
 __device__ __forceinline__ void memory_store(u32 to, const u32 (&r)[16]) {
   asm volatile("tcgen05.st.sync.aligned.32x32b.x16.b32 [%16], {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14,"
                " %15};" ::IN16(r, 0), "r"(to) : "memory");
@@ -68,15 +73,22 @@ __device__ __forceinline__ void memory_loaded(u32 (&r)[N][32]) {
 
 // ---- matrix multiplication, issued by one thread; d is in tensor memory
 
+#if FLOAT8
+#define MMA "tcgen05.mma.cta_group::1.kind::f8f6f4"
+#else
+#define MMA "tcgen05.mma.cta_group::1.kind::f16"
+#endif
+constexpr u32 kTypes = FLOAT16 || FLOAT8 ? 0 : 1;  // number of the type of operands in its kind: float16, e4m3; bfloat16
+
 // d (+)= a b with both operands in shared memory.
 __device__ __forceinline__ void mma_shared(u32 d, u64 a, u64 b, u32 shape, u32 accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %4, 0;\ntcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, p;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %4, 0;\n" MMA " [%0], %1, %2, %3, p;\n}"
                ::"r"(d), "l"(a), "l"(b), "r"(shape), "r"(accumulate) : "memory");
 }
 
 // d (+)= a b with a in tensor memory.
 __device__ __forceinline__ void mma_memory(u32 d, u32 a, u64 b, u32 shape, u32 accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %4, 0;\ntcgen05.mma.cta_group::1.kind::f16 [%0], [%1], %2, %3, p;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %4, 0;\n" MMA " [%0], [%1], %2, %3, p;\n}"
                ::"r"(d), "r"(a), "l"(b), "r"(shape), "r"(accumulate) : "memory");
 }
 
@@ -91,9 +103,9 @@ __host__ __device__ constexpr u64 operand(u32 address, u32 leading, u32 stride, 
          (row_bytes == 128 ? 2ull : 4ull) << 61;
 }
 
-// Shape of a multiplication of 16-bit floats into 32-bit ones; `transposed`: b has its columns side by side.
-__host__ __device__ constexpr u32 mma_shape(u32 rows, u32 columns, bool transposed, bool float16) {
-  return 1u << 4 | (float16 ? 0u : 1u << 7 | 1u << 10) | (transposed ? 1u << 16 : 0u) | columns >> 3 << 17 | rows >> 4 << 24;
+// Shape of a multiplication into 32-bit floats; `transposed`: b has its columns side by side.
+__host__ __device__ constexpr u32 mma_shape(u32 rows, u32 columns, bool transposed, u32 types) {
+  return 1u << 4 | types << 7 | types << 10 | (transposed ? 1u << 16 : 0u) | columns >> 3 << 17 | rows >> 4 << 24;
 }
 
 // ---- two floats at a time
@@ -128,6 +140,14 @@ __device__ __forceinline__ u64 add2_down(u64 a, u64 b) {
 __device__ __forceinline__ u64 multiply2(u64 a, u64 b) {
   u64 r;
   asm("mul.rn.ftz.f32x2 %0, %1, %2;" : "=l"(r) : "l"(a), "l"(b));
+  return r;
+}
+
+// Four floats as one register of e4m3, the first one in the lowest byte.
+__device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
+  u32 r;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}" : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
   return r;
 }
 

@@ -65,17 +65,17 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
 }
 
 // Loads the queries of an item: boxes of at most kRows for kTiles tiles, which lie side by side in each chunk of columns.
-template <int kTiles, int kRows, int kColumns, int kChunks>
+template <int kTiles, int kRows, int kColumns, int kChunks, int kBytes = 2>
 __device__ __forceinline__ void load_queries(
     u32 to, u32 bar, const TensorMap* maps, const Address& at, const Queries& Q, int lengths, const Params& P) {
   const Item& I = Q.item;
   const int set = Q.is_text ? MAP_SETS + I.kind - 1 : lengths, rows = Q.is_text ? kRows : P.box[0] * P.box[1] * P.box[2];
   const int column = first_column(at, Q.head, I.group), place = Q.head * at.head_place + Q.batch * at.batch_place;
-  barrier_expect(bar, kTiles * rows * 2 * kColumns * kChunks);
+  barrier_expect(bar, kTiles * rows * kBytes * kColumns * kChunks);
 #pragma unroll 1
   for (int i = 0; i < kTiles * kChunks; i++) {
     const int g = i % kTiles, chunk = i / kTiles;
-    tensor_load(to + (chunk * kTiles + g) * kRows * 2 * kColumns, &maps[set], bar, column + chunk * kColumns,
+    tensor_load(to + (chunk * kTiles + g) * kRows * kBytes * kColumns, &maps[set], bar, column + chunk * kColumns,
                 I.query[2] + g * (Q.is_text ? kRows : P.beside[2]), I.query[1] + g * (Q.is_text ? 0 : P.beside[1]),
                 I.query[0] + g * (Q.is_text ? 0 : P.beside[0]), place);
   }

@@ -62,8 +62,9 @@ class BlackwellConfig(KernelConfig):
         >>> BlackwellConfig(128).shared_bytes
         200240
         """
-        queries, outputs = TILES * ROWS * self.head_dim * 2, self.output_stages * ROWS * 2 * self.columns
-        ring = self.key_stages * self.keys * self.head_dim * 2
+        size = 1 if self.float8 else 2
+        queries, outputs = TILES * ROWS * self.head_dim * size, self.output_stages * ROWS * 2 * self.columns
+        ring = self.key_stages * self.keys * self.head_dim * size
         tables = (self.keys + 5) * 16 + TILES * ROWS * 4 + 2 * 128
         return queries + outputs + ring + tables + 8 * (16 + 2 * self.key_stages + 2 * self.output_stages) + 16
 
@@ -105,4 +106,4 @@ class BlackwellConfig(KernelConfig):
     def defines(self) -> dict[str, int]:
         """Macros of the kernel's source."""
         own = {"KEY_STAGES": self.key_stages, "OUTPUT_STAGES": self.output_stages, "POLYNOMIAL": self.polynomial}
-        return super().defines() | own
+        return super().defines() | own | {"FLOAT8": int(self.float8)}

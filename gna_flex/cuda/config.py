@@ -27,6 +27,7 @@ class KernelConfig(ABC):
         head_dim: columns, one of :attr:`head_dims`.
         keys: key rows of a shared-memory slot.
         float16: float16 instead of bfloat16.
+        float8: float8_e4m3fn inputs and bfloat16 output; only the Blackwell kernel has it.
         dilated: whether a dimension is dilated.
         map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
         text: whether there are text tokens.
@@ -37,6 +38,7 @@ class KernelConfig(ABC):
     keys: int = 128
     _: KW_ONLY
     float16: bool = False
+    float8: bool = False
     dilated: bool = False
     map_sets: int = 1
     text: bool = False
@@ -88,7 +90,7 @@ class KernelConfig(ABC):
 
     @property
     def columns(self) -> int:
-        """Columns of one chunk of an operand in shared memory: one row is 128 or 64 bytes."""
+        """Columns of one chunk of 16-bit floats in shared memory: one row is 128 or 64 bytes."""
         return 64 if self.head_dim % 64 == 0 else 32
 
     def fits(self, tiles: KernelTiles) -> bool:

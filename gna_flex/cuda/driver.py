@@ -292,8 +292,8 @@ class TensorMap(TensorMaps):
         super().__init__(1)
 
 
-DTYPES = {"bfloat16": (9, 2), "float16": (6, 2), "float32": (7, 4)}
-"""Number of the driver and bytes of an element."""
+DTYPES = {"bfloat16": (9, 2), "float16": (6, 2), "float32": (7, 4), "float8_e4m3fn": (0, 1)}
+"""Number of the driver and bytes of an element; it has no floats of 8 bits, and copies bytes."""
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 PROMOTIONS = {0: 0, 64: 1, 128: 2, 256: 3}
 

@@ -34,6 +34,7 @@ from gna_flex.cuda.tables import (
 )
 from gna_flex.kernels import kernel_for, lasting
 from gna_flex.neighborhood import GNA
+from gna_flex.reference import FLOAT8, output_type
 from gna_flex.torch_private import current_stream
 
 Int3 = ctypes.c_int * 3
@@ -88,7 +89,8 @@ def parameters(map_sets: int) -> type[ctypes.Structure]:
 class Request:
     """What a plan is made for. ``gnas`` is one GNA, or one per query head (same layout, dilation and text).
 
-    ``capability`` is that of the device; it decides which kernel's configurations are chosen from.
+    ``capability`` is that of the device; it decides which kernel's configurations are chosen from. ``float8``:
+    inputs are float8_e4m3fn; tiles are those of bfloat16.
     """
 
     gnas: tuple[GNA, ...]
@@ -98,6 +100,7 @@ class Request:
     tiles: KernelTiles | None = None
     config: KernelConfig | None = None
     capability: Capability = (9, 0)
+    float8: bool = False
 
     @property
     def kernel(self) -> type[KernelConfig]:
@@ -150,9 +153,10 @@ class Plan:
         if request.config or request.tiles:
             config, tiles = estimated(request)
         else:
-            config, tiles = shapes_for(request, torch.cuda.get_device_name(request.device))
+            config, tiles = shapes_for(replace(request, float8=False), torch.cuda.get_device_name(request.device))
+        config = replace(config, float16=request.float16, float8=request.float8)
         dilated = math.prod(self.gna.dilation) > 1
-        return replace(config, float16=request.float16, dilated=dilated, map_sets=map_sets, text=any(self.text)), tiles
+        return replace(config, dilated=dilated, map_sets=map_sets, text=any(self.text)), tiles
 
     def _parameters(self, map_sets: int) -> type[Any]:
         """The structure that the kernel takes."""
@@ -211,7 +215,7 @@ class Plan:
     def needs_no_copy(self, query: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether tensor maps can describe query, key, value and an output like the query, addresses apart."""
         exact = query.shape[-1] == self.config.head_dim
-        like = torch.empty_like(query, device="meta")
+        like = torch.empty_like(query, dtype=output_type(query.dtype), device="meta")
         tensors = (query, k, v, like)
         return all(map(can_map, tensors)) and (exact or self._fills_with_zeros(tensors))
 
@@ -256,7 +260,7 @@ class Plan:
         columns = head_dim + (0 if places else (heads - 1) * head_stride)
         columns = small("columns", columns + sum((d - 1) * n for d, n in zip(dilation, groups, strict=True)))
         tiles, size = self.tiles, x.element_size()
-        chunk = SUM_COLUMNS if x.dtype == torch.float32 else self.config.columns
+        chunk = {torch.float32: SUM_COLUMNS, FLOAT8: head_dim}.get(x.dtype, self.config.columns)
         box = tiles.kv_tile if is_keys else tiles.box
 
         def encode(
@@ -292,7 +296,7 @@ class Launcher:
     def __init__(self, plan: Plan, query: Tensor, k: Tensor, v: Tensor) -> None:
         self.plan, self.direct = plan, plan.needs_no_copy(query, k, v)
         batch, heads, tokens, self.head_dim = query.shape
-        self.rows, self.device = (batch, heads, tokens), query.device
+        self.rows, self.device, self.dtype = (batch, heads, tokens), query.device, output_type(query.dtype)
         grid = min(plan.processors, plan.params.items_per_head * batch * heads)
         self.shape = ((grid, 1, 1), (plan.config.threads, 1, 1), plan.config.shared_bytes)
         self._known = KnownCalls()
@@ -302,12 +306,12 @@ class Launcher:
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, as :meth:`Plan.run` has them."""
         plan, index = self.plan, self.plan.request.device
-        q, out = query, torch.empty_like(query)
+        q, out = query, torch.empty_like(query, dtype=self.dtype)
         lse = torch.empty(self.rows, dtype=torch.float32, device=self.device)
         result = out
         if not self.direct or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
             q, k, v = plan.copies(q, k, v)
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            out = torch.empty_like(q, dtype=self.dtype, memory_format=torch.contiguous_format)
         stream = current_stream(index)
         valid = 0 if text_valid is None else text_valid.data_ptr()
         call = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), scale, stream, valid)
@@ -359,7 +363,7 @@ def is_dense(x: Tensor) -> bool:
 def can_map(x: Tensor) -> bool:
     """Whether tensor maps reach every head of ``x`` without a copy, if its address is a multiple of 16."""
     *outer, column = x.stride()
-    if column != 1 or any(stride % 8 or stride <= 0 for stride in outer):
+    if column != 1 or any(stride * x.element_size() % 16 or stride <= 0 for stride in outer):
         return False
     # Else heads lie side by side in dimension 0, whose coordinates are 32 bits.
     return is_dense(x) or (x.shape[-1] % 64 == 0 and x.shape[1] * x.stride(1) < 1 << 31)
@@ -382,12 +386,13 @@ def plan(request: Request) -> Plan:
 
 def plan_for(gnas: tuple[GNA, ...], query: Tensor) -> Plan:
     """The plan for masks and a query ``[B, H, S, D]`` on its GPU."""
-    return plan(request_on(query.device.index, gnas, query.shape[-1], query.dtype == torch.float16))
+    return plan(request_on(query.device.index, gnas, query.shape[-1], query.dtype))
 
 
-def request_on(device: int, gnas: tuple[GNA, ...], head_dim: int, float16: bool) -> Request:
+def request_on(device: int, gnas: tuple[GNA, ...], head_dim: int, dtype: torch.dtype) -> Request:
     """A request for the kernel of a device."""
-    return Request(gnas, head_dim, float16, device, capability=torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    return Request(gnas, head_dim, dtype == torch.float16, device, capability=capability, float8=dtype == FLOAT8)
 
 
 def launch_counters(plan: Plan, stream: int, capturing: bool) -> Tensor:

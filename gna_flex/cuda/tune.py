@@ -170,7 +170,7 @@ def tune(
     index = torch.cuda.current_device() if where.index is None else where.index
     facts = facts_on(where, dtype, head_dim, batch * heads * gnas[0].tokens ** 2)
     require_kernel(with_verdict(facts._replace(foreign=foreign), index))
-    request = request_on(index, gnas, head_dim, dtype == torch.float16)
+    request = request_on(index, gnas, head_dim, dtype)
     with _lock:
         tuning = measure(request, heads, batch, progress)
     write(entry_path(request, tuning.device), tuning.chosen)

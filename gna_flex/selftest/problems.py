@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import reference_attention
+from gna_flex.reference import FLOAT8, output_type, reference_attention
 
 LSE_TOLERANCE = 1e-5
 """Error of a log-sum-exp in float32, relative to one more than its size."""
+LIFT = 2.0**6
+"""The largest weight of a row in 8 bits: ``kLift`` of ``csrc/blackwell/softmax.cuh``."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Problem:
     small: bool = False
 
     @property
+    def type(self) -> torch.dtype:
+        """The type of query, key and value."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
     def factor(self) -> float:
         """What scores are multiplied by."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
@@ -55,7 +63,7 @@ class Problem:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value on the CPU, the same in every process."""
         generator = torch.Generator().manual_seed(0)
-        tokens, dtype = self.gnas[0].tokens, getattr(torch, self.dtype)
+        tokens, dtype = self.gnas[0].tokens, self.type
 
         def make(name: str) -> Tensor:
             heads = self.heads if name == "q" else self.key_heads or self.heads
@@ -71,6 +79,7 @@ def _one(name: str, gna: GNA, head_dim: int = 64, dtype: str = "bfloat16", **opt
     return Problem(name, (gna,), head_dim, dtype, **options)  # type: ignore[arg-type]
 
 
+FLOAT8_NAME = "float8_e4m3fn"
 TEXT = GNA((20, 24), (7, 9), text_first=300, text_last=77)
 PROBLEMS = (
     _one("a window for each query", GNA((28, 37), (9, 12)), 128, small=True),
@@ -101,6 +110,15 @@ PROBLEMS = (
     _one("head dim 256", GNA((21, 22), (5, 6)), 256, "float16"),
     _one("many items", GNA(600, 64), 64, batch=4, heads=24),
     _one("many keys", GNA(4096, -1), 64, heads=1),
+    _one("a window for each query, float8", GNA((28, 37), (9, 12)), 128, FLOAT8_NAME),
+    _one(
+        "dilation and text, float8",
+        GNA((19, 22), (4, 6), dilation=(2, 3), text_first=5, text_last=140),
+        64,
+        FLOAT8_NAME,
+    ),
+    _one("causal, grouped heads, float8", GNA(700, 200, causal=True), 64, FLOAT8_NAME, heads=4, key_heads=2),
+    _one("large scores, float8", GNA((28, 37), (9, 12)), 128, FLOAT8_NAME, scale=1.0),
     _one("many keys, causal", GNA(2500, 2500, causal=True), 128, heads=1),
 )
 
@@ -117,9 +135,9 @@ class Expected(NamedTuple):
 def expected(problem: Problem, rounds_queries: bool = False, exponential_error: float = 0.0) -> Expected:
     """What a problem should give, computed on the CPU.
 
-    The budget of a row is three times what attention loses there that has weights and output in 16 bits and all else in
-    float32 (of queries that are scaled and then rounded as well, if ``rounds_queries``), and two roundings of the row's
-    largest value: where few keys count, weights and output may happen to lose nothing. Log-sum-exps may be off by
+    The budget of a row is three times what attention loses there that has weights and output in few bits and all else in
+    float32 (of queries that are scaled and then rounded as well, if ``rounds_queries``), and two roundings of the
+    row's largest value: where few keys count, weights and output may happen to lose nothing. Log-sum-exps may be off by
     roundings of float32, and by the relative error of exponentials.
     """
     tensors, mask = problem.tensors(), problem.mask("cpu")
@@ -150,8 +168,14 @@ def _in_low_precision(
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
-    out = (weights.to(query.dtype).float() @ values / total).to(query.dtype)
+    out = (rounded_weights(weights, query.dtype) @ values / total).to(output_type(query.dtype))
     return out, (top + total.log()).squeeze(-1)
+
+
+def rounded_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of at most 1 as kernels multiply them with values; in 8 bits times :data:`LIFT`: small ones lose bits."""
+    lift = LIFT if dtype == FLOAT8 else 1.0
+    return (weights * lift).to(dtype).float() / lift
 
 
 class Comparison(NamedTuple):

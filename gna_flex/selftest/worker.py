@@ -28,7 +28,8 @@ from gna_flex.cuda.blackwell import POLYNOMIAL_ERROR
 from gna_flex.cuda.forward import Plan, plan, request_on
 from gna_flex.mask import gna_mask
 from gna_flex.neighborhood import GNA
-from gna_flex.routing import KERNEL_MAX_HEAD_DIM, backend
+from gna_flex.reference import FLOAT8, output_type
+from gna_flex.routing import FLOAT8_KERNELS, KERNEL_MAX_HEAD_DIM, backend
 from gna_flex.selftest.identity import identity
 from gna_flex.selftest.problems import PROBLEMS, Expected, Problem, compare, expected
 from gna_flex.selftest.supervisor import MARK
@@ -84,7 +85,8 @@ def first_line(error: BaseException) -> str:
 def problems_of(route: str) -> list[Problem]:
     """The problems that a route is tried on: all for kernels, some of them where each call is compiled."""
     if route in kernels.KERNELS:
-        return [problem for problem in PROBLEMS if problem.head_dim <= KERNEL_MAX_HEAD_DIM[route]]
+        known = [problem for problem in PROBLEMS if problem.head_dim <= KERNEL_MAX_HEAD_DIM[route]]
+        return [problem for problem in known if problem.type != FLOAT8 or route in FLOAT8_KERNELS]
     return [p for p in PROBLEMS if p.small and (route == "reference" or p.head_dim >= 16)]
 
 
@@ -99,7 +101,7 @@ def compile_ahead(problems: list[Problem], device: torch.device) -> None:
 @functools.cache
 def plans(problem: Problem, device: int) -> tuple[Plan, Plan]:
     """The plan of a problem on a GPU, and one that differs only in that its kernel gives up waiting."""
-    shipped = plan(request_on(device, problem.gnas, problem.head_dim, problem.dtype == "float16"))
+    shipped = plan(request_on(device, problem.gnas, problem.head_dim, problem.type))
     config = replace(shipped.config, bounded_waits=POLLS)
     return shipped, Plan(replace(shipped.request, config=config, tiles=shipped.tiles))
 
@@ -136,7 +138,7 @@ def wanted_of(route: str, problem: Problem) -> Expected:
 def poisoned(problem: Problem, call: Call, device: torch.device) -> Result:
     """The result of a call that finds NaN in the memory which it is given."""
     sizes = (problem.batch, problem.heads, problem.gnas[0].tokens)
-    dtype = getattr(torch, problem.dtype)
+    dtype = output_type(problem.type)
     spoiled = [torch.full((*sizes, problem.head_dim), math.nan, device=device, dtype=dtype) for _ in range(2)]
     spoiled += [torch.full(sizes, math.nan, device=device, dtype=torch.float32) for _ in range(2)]
     del spoiled

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptx.errors import UnsupportedError
+from ptx.operands import e4m3_bits
 from ptx.parse import SINK, Instruction, Symbol, Vector
 from ptx.program import FILES, TYPES, Program, Run, opcode
 from ptx.warp import Warp
@@ -267,6 +268,12 @@ def _pack(program: Program, ins: Instruction, kind: Any) -> Run:
 @opcode("cvt")
 def convert(program: Program, ins: Instruction) -> Run:
     to, source = ins.parts[-2:]
+    if to == "e4m3x2":
+        only(ins, "rn", "satfinite", to)
+        if source != "f32" or "satfinite" not in ins.parts:
+            raise UnsupportedError(ins.opcode)
+        pair = lambda high, low: e4m3_bits(high).astype(np.uint16) << np.uint16(8) | e4m3_bits(low)  # noqa: E731
+        return general(program, ins, pair, np.uint16, [np.float32] * 2)
     if to in ("bf16x2", "f16x2"):
         only(ins, "rn", to)
         narrow = bfloat16_bits if to == "bf16x2" else float16_bits

@@ -15,6 +15,7 @@ from gna_flex import GNA
 from gna_flex.cuda import driver, forward, jit
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.tables import KernelTiles
+from gna_flex.reference import FLOAT8, output_type
 from ptx.machine import Machine
 from ptx.parse import Kernel, parse
 from ptx.tma import TensorMap
@@ -57,9 +58,15 @@ class HostPlan(forward.Plan):
     """A plan whose tables are in CPU memory, and whose kernel is not compiled for a GPU."""
 
     def __init__(
-        self, gnas: Sequence[GNA], config: KernelConfig, tiles: KernelTiles, head_dim: int, float16: bool
+        self,
+        gnas: Sequence[GNA],
+        config: KernelConfig,
+        tiles: KernelTiles,
+        head_dim: int,
+        float16: bool,
+        float8: bool = False,
     ) -> None:
-        super().__init__(forward.Request(tuple(gnas), head_dim, float16, 0, tiles, config))
+        super().__init__(forward.Request(tuple(gnas), head_dim, float16, 0, tiles, config, float8=float8))
 
     def _load(self, device: torch.device) -> None:
         self.processors = 1
@@ -104,8 +111,8 @@ def run(
     """
     q, k, v = tensors
     gnas = (gnas,) if isinstance(gnas, GNA) else tuple(gnas)
-    plan = HostPlan(gnas, config, tiles, q.shape[-1], q.dtype == torch.float16)
-    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
+    plan = HostPlan(gnas, config, tiles, q.shape[-1], q.dtype == torch.float16, q.dtype == FLOAT8)
+    out, lse = torch.full_like(q, torch.nan, dtype=output_type(q.dtype)), torch.full(q.shape[:3], torch.nan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     machine = launch(
         plan,

@@ -58,7 +58,7 @@ class Region:
         return offsets >> size.bit_length() - 1
 
     def view(self, size: int) -> np.ndarray:
-        return self.data[: len(self.data) // size * size].view(FILES.get(size, np.uint8))
+        return self.data[: len(self.data) // size * size].view(np.uint8 if size == 1 else FILES.get(size, np.uint8))
 
 
 class Space:

@@ -11,7 +11,7 @@ from ptx.errors import DescriptorError
 from ptx.tma import swizzle
 
 K = 16
-"""Columns of A and of B that one product of 16-bit floats sums over."""
+"""Columns of A and of B that one product of 16-bit floats sums over; 32 bytes, whatever the type."""
 
 
 class Layout(NamedTuple):
@@ -26,29 +26,29 @@ class Layout(NamedTuple):
     stride: int
     span: int
 
-    def addresses(self, rows: int, transposed: bool) -> Any:
-        """Addresses of the elements ``[rows, 16]``.
+    def addresses(self, rows: int, transposed: bool, size: int = 2) -> Any:
+        """Addresses of the elements ``[rows, K]``, of ``size`` bytes: 16 columns, or 32 of single bytes.
 
         Raises:
             DescriptorError: a start or a width that does not fit the swizzle.
         """
         start, leading, stride, span = self
-        width = min(2 * rows, span) if transposed else 2 * K
+        width = min(size * rows, span) if transposed else 2 * K
         if start % (8 * span) + width > span:
             raise DescriptorError(f"an operand at {start:#x}: not within a row where a pattern of the swizzle begins")
-        row, column = np.arange(rows)[:, None], np.arange(K)[None]
+        row, column = np.arange(rows)[:, None], np.arange(2 * K // size)[None]
         if transposed:
-            piece = span // 2
-            places = row // piece * leading + column // 8 * stride + column % 8 * span + row % piece * 2
+            piece = span // size
+            places = row // piece * leading + column // 8 * stride + column % 8 * span + row % piece * size
         else:
-            places = row // 8 * stride + row % 8 * span + column * 2
+            places = row // 8 * stride + row % 8 * span + column * size
         return swizzle(start + places, span)
 
 
 @functools.lru_cache(maxsize=4096)
-def places(layout: Layout, first: int, rows: int, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+def places(layout: Layout, first: int, rows: int, transposed: bool, size: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Addresses of ``rows`` rows from ``first`` on, and those of the words that hold them."""
-    addresses = layout.addresses(first + rows, transposed)[first:]
+    addresses = layout.addresses(first + rows, transposed, size)[first:]
     return addresses, np.unique(addresses // 4 * 4)
 
 
@@ -62,3 +62,22 @@ def widen(bits: np.ndarray, float16: bool) -> Any:
     if float16:
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _e4m3(bits: int) -> float:
+    sign, exponent, mantissa = -1 if bits & 0x80 else 1, bits >> 3 & 15, bits & 7
+    if bits & 0x7F == 0x7F:
+        return float("nan")
+    return sign * ((8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9)
+
+
+E4M3 = np.array([_e4m3(bits) for bits in range(256)], np.float32)
+"""The number of each byte as a float of 8 bits: 4 of exponent, 3 of mantissa, and no infinity."""
+
+
+def e4m3_bits(x: np.ndarray) -> Any:
+    """Floats rounded to e4m3, to the nearest even, as bytes; those that are too large become the largest."""
+    size = np.minimum(np.abs(x.astype(np.float64)), 448)
+    step = np.exp2(np.maximum(np.floor(np.log2(np.maximum(size, 2.0**-9))), -6) - 3)
+    bits = np.searchsorted(E4M3[:0x7F], np.rint(size / step) * step).astype(np.uint8)
+    return np.where(np.isnan(x), np.uint8(0x7F), bits | np.signbit(x).astype(np.uint8) << np.uint8(7))

@@ -24,7 +24,7 @@ from ptx.errors import (
     UnsupportedValueError,
 )
 from ptx.memory import FUTURE
-from ptx.operands import K, Layout, field, places, widen
+from ptx.operands import E4M3, K, Layout, field, places, widen
 from ptx.parse import Address, Instruction, Vector
 from ptx.program import Program, Run, opcode
 from ptx.sync import register_places, uniform
@@ -62,7 +62,7 @@ def decoded(descriptor: int) -> Layout:
 
 
 class Shape(NamedTuple):
-    """What an instruction descriptor of 16-bit floats says."""
+    """What an instruction descriptor says. ``float8``: e4m3, which is of ``kind::f8f6f4``."""
 
     rows: int
     columns: int
@@ -70,30 +70,47 @@ class Shape(NamedTuple):
     transposed_a: bool
     transposed_b: bool
     sign: int
+    float8: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of A and of B."""
+        return 1 if self.float8 else 2
+
+    def floats(self, elements: np.ndarray) -> Any:
+        """Elements of A or of B as float32."""
+        return E4M3[elements] if self.float8 else widen(elements, self.float16)
+
+
+TYPES = {"kind::f16": (0, 1), "kind::f8f6f4": (0, 1, 3, 4, 5)}
+"""Types of operands by kind: float16, bfloat16; e4m3, e5m2 and those of fewer bits."""
 
 
 @functools.cache
-def shape(bits: int) -> Shape:
-    """The shape of an instruction descriptor for ``kind::f16``.
+def shape(bits: int, kind: str = "kind::f16") -> Shape:
+    """The shape of an instruction descriptor.
 
     Raises:
         DescriptorError: bits that mean nothing, or a size or a type that the hardware would not take.
-        UnsupportedValueError: sparse operands, 64 rows, an accumulator of 16-bit floats, operands of two types.
+        UnsupportedValueError: sparse operands, 64 rows, an accumulator of 16-bit floats, operands of two types,
+            8 bits but e4m3.
     """
     accumulator, a, b = field(bits, 4, 2), field(bits, 7, 3), field(bits, 10, 3)
     columns, rows = field(bits, 17, 6) << 3, field(bits, 24, 5) << 4
     if bits >> 32 or bits & (1 << 6 | 1 << 23 | 1 << 29) or field(bits, 30, 2) or field(bits, 3, 1):
         raise DescriptorError(f"instruction descriptor {bits:#x}: bits that mean nothing")
-    if accumulator > 1 or a > 1 or b > 1:
+    float8 = kind == "kind::f8f6f4"
+    if accumulator > 1 or accumulator < float8 or a not in TYPES[kind] or b not in TYPES[kind]:
         raise DescriptorError(f"instruction descriptor {bits:#x}: types {accumulator}, {a}, {b}")
     if rows not in (64, 128) or not 8 <= columns <= 256 or columns % (16 if rows == 128 else 8):
         raise DescriptorError(f"instruction descriptor {bits:#x}: {rows} rows, {columns} columns")
-    if field(bits, 0, 3) or accumulator == 0 or rows == 64 or a != b:
+    if field(bits, 0, 3) or accumulator == 0 or rows == 64 or a != b or (float8 and a):
         raise UnsupportedValueError(
             f"instruction descriptor {bits:#x}: sparse, or 64 rows, or types {accumulator}, {a}, {b}"
         )
     sign = (-1) ** (field(bits, 13, 1) + field(bits, 14, 1))
-    return Shape(rows, columns, a == 0, bool(field(bits, 15, 1)), bool(field(bits, 16, 1)), sign)
+    float16 = a == 0 and not float8
+    return Shape(rows, columns, float16, bool(field(bits, 15, 1)), bool(field(bits, 16, 1)), sign, float8)
 
 
 class Form(NamedTuple):
@@ -107,13 +124,13 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, facts: Shape, a: Layout | int, b: Layout) -> Form:
-        pieces = facts.transposed_b and 2 * facts.columns > b.span
+        pieces = facts.transposed_b and facts.size * facts.columns > b.span
         first = (a.span, a.stride) if isinstance(a, Layout) else (0, 0)
         return cls(facts, first, (b.span, b.stride), b.leading if pieces else 0)
 
 
 class Product:
-    """One instruction under way. ``a`` and ``b`` are places of 16-bit floats, ``[rows, 16]``; ``a`` may be an area."""
+    """One instruction under way. ``a`` and ``b`` are places of elements, ``[rows, K]``; ``a`` may be an area."""
 
     def __init__(
         self, pipe: Pipe, shape: Shape, to: Area, a: np.ndarray | Area, b: np.ndarray, accumulate: bool, off: np.ndarray
@@ -123,13 +140,17 @@ class Product:
 
     def advance(self) -> None:
         block = self.pipe.block
-        memory, values, float16 = block.shared.region.view(2), block.tensor_memory.values, self.shape.float16
+        memory, values, floats = (
+            block.shared.region.view(self.shape.size),
+            block.tensor_memory.values,
+            self.shape.floats,
+        )
         if isinstance(self.a, Area):
-            a = widen(np.ascontiguousarray(values[self.a.where]).view(np.uint16), float16)
+            a = floats(np.ascontiguousarray(values[self.a.where]).view(memory.dtype))
         else:
-            a = widen(memory[self.a], float16)
+            a = floats(memory[self.a])
         with np.errstate(all="ignore"):
-            product = self.shape.sign * (a @ widen(memory[self.b], float16).T)
+            product = self.shape.sign * (a @ floats(memory[self.b]).T)
             target = values[self.to.where].view(np.float32)
             result = target + product if self.accumulate else product
         if self.off.any():
@@ -165,14 +186,14 @@ class Pipe:
         return not self._todo
 
     def multiply(
-        self, warp: Warp, instruction: int, to: int, a: Layout | int, b: Layout, accumulate: bool, off: np.ndarray
+        self, warp: Warp, facts: Shape, to: int, a: Layout | int, b: Layout, accumulate: bool, off: np.ndarray
     ) -> None:
         """Begins a product. ``a`` is in shared memory, or an address of tensor memory; ``off``: lanes left alone."""
-        facts, memory = shape(instruction), self.block.tensor_memory
+        memory = self.block.tensor_memory
         target = Area(to, facts.rows, facts.columns)
         self.count += 1
         self.block.machine.forms.add(Form.of(facts, a, b))
-        self._keys.append((to, instruction))
+        self._keys.append((to, facts))
         known, excuse = warp.tensor.known.copy(), None
         if self.block.machine.rules.same_shape_only:
             excuse = self._same_shape
@@ -180,13 +201,13 @@ class Pipe:
             known[self.agent] = self.count
         first: np.ndarray | Area
         if isinstance(a, Layout):
-            first = self._operand(warp, a, facts.rows, facts.transposed_a, complete=False)
+            first = self._operand(warp, a, facts.rows, facts.transposed_a, facts.size, complete=False)
         else:
             if facts.transposed_a:
                 raise DescriptorError("an operand in tensor memory cannot be transposed")
-            first = Area(a, facts.rows, K // 2)
+            first = Area(a, facts.rows, K // 2)  # 32 bytes: two or four elements in a column
             memory.check(known, first, "product", write=False, excuse=excuse)
-        second = self._operand(warp, b, facts.columns, facts.transposed_b, complete=True)
+        second = self._operand(warp, b, facts.columns, facts.transposed_b, facts.size, complete=True)
         if accumulate or off.any():
             memory.check(known, target, "product", write=False, excuse=excuse)
         memory.check(known, target, "product", write=True, excuse=excuse)
@@ -200,12 +221,14 @@ class Pipe:
         """Whether accesses are only those of products with the accumulator and the shape of the last one."""
         return bool((agents == self.agent).all()) and {self._keys[time] for time in times} == {self._keys[-1]}
 
-    def _operand(self, warp: Warp, layout: Layout, rows: int, transposed: bool, complete: bool) -> np.ndarray:
+    def _operand(
+        self, warp: Warp, layout: Layout, rows: int, transposed: bool, size: int, complete: bool
+    ) -> np.ndarray:
         shared = self.block.shared
-        at, words = places(layout, 0, rows, transposed)
+        at, words = places(layout, 0, rows, transposed, size)
         pipe = self.agent, self.count
         shared.begin_async_read(warp, shared.region.elements(words, 4), "matrix product", complete, pipe)
-        return (at - shared.region.base) // 2
+        return (at - shared.region.base) // size
 
     def commit(self, warp: Warp, barrier: MBarrier, where: str) -> None:
         """An arrival tells what the thread knows, and all of its products so far."""
@@ -308,8 +331,9 @@ def commit(program: Program, ins: Instruction) -> Run:
 HINTS = {"collector::a::fill", "collector::a::discard", "collector::a::lastuse"}
 
 
-@opcode("tcgen05.mma.cta_group::1.kind::f16")
+@opcode(*[f"tcgen05.mma.cta_group::1.{kind}" for kind in TYPES])
 def multiply(program: Program, ins: Instruction) -> Run:
+    kind = ins.parts[3]
     if not set(ins.parts[4:]) <= HINTS:
         raise UnsupportedError(ins.opcode)
     to, a, b, instruction, *off, accumulate = ins.operands
@@ -333,7 +357,7 @@ def multiply(program: Program, ins: Instruction) -> Run:
             off[32 * i : 32 * i + 32] = value(mask) >> np.arange(32) & 1
         x = value(first) + first_offset if in_memory else decoded(value(first))
         at, y = value(target) + target_offset, decoded(value(second))
-        w.block.pipe(w, lane).multiply(w, value(bits), at, x, y, bool(value(predicate)), off)
+        w.block.pipe(w, lane).multiply(w, shape(value(bits), kind), at, x, y, bool(value(predicate)), off)
 
     return run
 

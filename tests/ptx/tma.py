@@ -74,7 +74,7 @@ class Copy:
         self.addresses, self.inside = tensor.elements(coordinates)
         if address % 128:
             raise DescriptorError(f"a copy to or from {address:#x}, which is not aligned")
-        self.size, self.type = tensor.size, {2: np.uint16, 4: np.uint32}[tensor.size]
+        self.size, self.type = tensor.size, {1: np.uint8, 2: np.uint16, 4: np.uint32}[tensor.size]
         places = swizzle(address + self.size * np.arange(len(self.addresses), dtype=np.int64), tensor.span)
         self.places = self.shared.region.elements(places, self.size)
         self.words = np.unique(self.places * self.size // 4)
