@@ -243,11 +243,11 @@ def in_8_bits(problem: Problem) -> Problem:
     return problem._replace(config=replace(problem.config, head_dim=head_dim, float8=True), dtype=FLOAT8)
 
 
-IN_8_BITS = (
+IN_8_BITS = {name: in_8_bits(BLACKWELL[name]) for name in (
     "2-D", "text, some of it valid", "dilation", "causal, head dim 128", "grouped heads",
-    "values that lie otherwise than keys", "large scores and masks", "head dim 128, 96 keys", "head dim 64, 128 keys",
-)  # fmt: skip
-BLACKWELL |= {f"{name}, float8": in_8_bits(BLACKWELL[name]) for name in IN_8_BITS}
+    "values that lie otherwise than keys", "large scores and masks", "head dim 64, 96 keys", "head dim 128, 128 keys",
+)}  # fmt: skip
+"""Problems of the Blackwell kernel in float8_e4m3fn."""
 
 
 def in_low_precision(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scale: float) -> Tensor:

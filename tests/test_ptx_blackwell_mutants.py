@@ -164,12 +164,11 @@ POLYNOMIAL: dict[str, Change] = {
     "other pair": (r"(add\.rn\.ftz\.f32x2 %rd\d+, )(%rd\d+), (%rd\d+);", r"\1\2, \2;", 19),
 }
 ZEROS: dict[str, Change] = {"no zeros": (r"\tst\.shared\.v4\.b32\s+\[%r\d+\], \{0, 0, 0, 0\};", "", 1)}
+ALL_COLUMNS = UNMASKED._replace(config=replace(CONFIG, head_dim=128), heads=1, key_heads=1)
+"""All columns of tensor memory are in use, and operands have two chunks."""
 MUTATIONS = {
     "main": Mutation(RUNS, CHANGES, cannot_matter, thin=8),
-    # All columns of tensor memory are in use, and operands have two chunks.
-    "descriptors": Mutation(
-        [(UNMASKED._replace(config=replace(CONFIG, head_dim=128), heads=1, key_heads=1), 0)], BITS, thin=4
-    ),
+    "descriptors": Mutation([(ALL_COLUMNS, 0)], BITS, thin=4),
     "polynomial": Mutation([(POLYNOMIAL_PROBLEM, 0)], POLYNOMIAL),
     # So many slots that loops are entered which the compiler has unrolled.
     "slots": Mutation([(UNFILLED._replace(config=replace(CONFIG, key_stages=10), heads=2, key_heads=2), 0)], ZEROS),

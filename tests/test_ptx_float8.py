@@ -1,7 +1,11 @@
-"""Floats of 8 bits (e4m3) in the PTX interpreter, and the Blackwell kernel that takes them with one thing wrong."""
+"""Floats of 8 bits (e4m3) in the PTX interpreter: products, the Blackwell kernel, and the kernel with one thing wrong.
+
+``PTX_SEEDS=20 PTX_MUTANTS=all python -m pytest -n 2 tests/test_ptx_float8.py`` tries more seeds, and all changes.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -12,11 +16,13 @@ from machine_code import needs_nvrtc
 
 needs_nvrtc()
 
-from kernel_mutants import Change, Mutation, more  # noqa: E402
-from kernel_problems import BLACKWELL  # noqa: E402
+from kernel_mutants import ALL, COMMON, Change, Mutation, more  # noqa: E402
+from kernel_problems import IN_8_BITS, check, in_8_bits  # noqa: E402
 from ptx.errors import DescriptorError, UnsupportedValueError  # noqa: E402
 from ptx.operands import E4M3, e4m3_bits  # noqa: E402
 from ptx.tcgen05 import shape  # noqa: E402
+from test_ptx_blackwell_mutants import ALL_COLUMNS  # noqa: E402
+from test_ptx_blackwell_mutants import BITS as SIXTEEN_BITS  # noqa: E402
 from test_ptx_engines import swizzled  # noqa: E402
 from test_ptx_tcgen05 import SECOND, SS, TS, WEIGHTS, close, multiply, operand  # noqa: E402
 
@@ -87,24 +93,56 @@ def test_instruction_descriptors(bits: int, error: type[Exception]) -> None:
         shape(SHAPE ^ bits, KIND)
 
 
+@pytest.mark.parametrize("seed", range(int(os.getenv("PTX_SEEDS", "1"))))
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_kernel_equals_float64(name: str, seed: int) -> None:
+    check(IN_8_BITS[name], seed)
+
+
+def constant(number: float) -> str:
+    """A float32 as PTX has it."""
+    return f"0f{np.float32(number).view(np.uint32):08X}"
+
+
+LIFTED = rf"(mov\.b32\s+%r\d+, ){constant(8)};"
+NOT_LIFTED = rf"(add\.f32\s+%r\d+, %r\d+, ){constant(-8)};"
+RAISED = rf"(setp\.leu\.f32\s+%p\d+, %r\d+, ){constant(0)};"
 CHANGES: dict[str, Change] = {
     "no product": (r"tcgen05\.mma[^;]*;", "", 3),
     "floats of 16 bits": (r"(tcgen05\.mma\S+)kind::f8f6f4", r"\1kind::f16", 3),
     "weights elsewhere": (r"(tcgen05\.mma\S+ \[%r\d+\], \[)(%r\d+)(\][^;]*;)", more(4), 1),
     "pairs of weights swapped": (r"(cvt\.rn\.satfinite\.e4m3x2\.f32 \w+, )(%\w+), (%\w+);", r"\1\3, \2;", 7),
     "halves swapped": (r"mov\.b32 (%r\d+), \{low, high\};", r"mov.b32 \1, {high, low};", 5),
+    "one pair twice": (r"mov\.b32 (%r\d+), \{low, high\};", r"mov.b32 \1, {low, low};", 5),
     "weights not stored": (r"tcgen05\.st\.\S+x8\.b32[^;]*;", "", 1),
+    "stored to other columns": (r"(tcgen05\.st\.\S+x8\.b32 \[)(%r\d+)(\][^;]*;)", more(8), 1),
+    "lifted less": (LIFTED, rf"\g<1>{constant(7)};", 1),
+    "lifted beyond the largest float": (LIFTED, rf"\g<1>{constant(9)};", 1),
+    "lift left in the log-sum-exp": (NOT_LIFTED, rf"\g<1>{constant(0)};", 1),
+    "maximum kept": (RAISED, rf"\g<1>{constant(2)};", 1),
+    "more bytes": COMMON["more bytes"],
+    "other column": COMMON["other column"],
 }
-MUTATION = Mutation([(BLACKWELL["2-D, float8"], 0)], CHANGES)
+# All columns lie in one chunk: how far it is to the next one means nothing.
+BITS = {
+    name: change
+    for name, change in SIXTEEN_BITS.items()
+    if name not in {f"transposed operand bit {i}" for i in range(16, 30)}
+}
+MUTATIONS = {
+    "main": Mutation([(IN_8_BITS[name], 0) for name in ("2-D", "large scores and masks")], CHANGES),
+    "descriptors": Mutation([(in_8_bits(ALL_COLUMNS), 0)], BITS),
+}
+CHOSEN = {"main": list(CHANGES), "descriptors": list(BITS) if ALL else list(BITS)[::16]}
 
 
-def test_nothing_is_caught_where_nothing_is_wrong() -> None:
-    assert MUTATION.caught(MUTATION.text) == ""
-    assert set(re.findall(r"tcgen05\.mma\.\S+::(\w+) ", MUTATION.text)) == {"f8f6f4"}
+@pytest.mark.parametrize("which", MUTATIONS)
+def test_nothing_is_caught_where_nothing_is_wrong(which: str) -> None:
+    mutation = MUTATIONS[which]
+    assert mutation.caught(mutation.text) == ""
+    assert set(re.findall(r"tcgen05\.mma\.\S+::(\w+) ", mutation.text)) == {"f8f6f4"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "floats of 16 bits")) for name in CHANGES]
-)
-def test_mutants_are_caught(name: str) -> None:
-    assert MUTATION.survivors(name) == []
+@pytest.mark.parametrize(("which", "name"), [(which, name) for which, names in CHOSEN.items() for name in names])
+def test_mutants_are_caught(which: str, name: str) -> None:
+    assert MUTATIONS[which].survivors(name) == []

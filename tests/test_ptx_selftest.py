@@ -25,7 +25,7 @@ QUICK = (
     "causal",
     "causal in one of three",
     "dilation",
-    "dilation and text, float8",
+    "causal, grouped heads, float8",
     "values that lie otherwise than keys",
     "a window per head",
     "one token",

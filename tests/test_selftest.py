@@ -15,7 +15,8 @@ import torch
 from gna_flex import GNA, cli, kernels
 from gna_flex.cli import main
 from gna_flex.cuda.forward import can_map
-from gna_flex.routing import KERNEL_MAX_HEAD_DIM
+from gna_flex.reference import FLOAT8
+from gna_flex.routing import FLOAT8_HEAD_DIMS, FLOAT8_KERNELS, KERNEL_MAX_HEAD_DIM
 from gna_flex.selftest import worker
 from gna_flex.selftest.identity import identity
 from gna_flex.selftest.problems import PROBLEMS, Problem, compare, expected
@@ -227,7 +228,9 @@ def test_problems_use_everything_that_a_kernel_can_do(kernel: str) -> None:
     problems = worker.problems_of(kernel)
     most = KERNEL_MAX_HEAD_DIM[kernel]
     assert max(problem.head_dim for problem in problems) == most
-    assert {p.dtype for p in problems} == {"float16", "bfloat16"}
+    in_8_bits = [p for p in problems if p.type == FLOAT8]
+    assert {p.dtype for p in problems if p not in in_8_bits} == {"float16", "bfloat16"}
+    assert {p.head_dim for p in in_8_bits} == {*FLOAT8_HEAD_DIMS * (kernel in FLOAT8_KERNELS)}
     gnas = [gna for problem in problems for gna in problem.gnas]
     assert {gna.ndim for gna in gnas} == {1, 2, 3}
     assert any(max(gna.stride) > 1 for gna in gnas)

@@ -3,8 +3,8 @@
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a slot), KEY_STAGES (slots of keys or values),
 // OUTPUT_STAGES (slots of one tile's output, one chunk of columns), POLYNOMIAL (of 8 pairs of exponentials in the middle,
-// those computed without the unit for them), FLOAT16 (else bfloat16), FLOAT8 (e4m3 in, bfloat16 out), DILATED, MAP_SETS (of dilation group lengths), TEXT
-// (whether there may be text), BOUNDED_WAITS (debug).
+// those computed without the unit for them), FLOAT16 (else bfloat16), FLOAT8 (e4m3 in, bfloat16 out), DILATED,
+// MAP_SETS (of dilation group lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
 //
 // One CTA has two tiles of at most 128 queries, boxes that lie side by side and share the key boxes. Its warps have roles:
 //   0-3, 4-7  softmax of tile 0 and of tile 1: a thread owns a row. They apply masks and write the log-sum-exp.
@@ -20,7 +20,7 @@
 
 constexpr int kHeadDim = HEAD_DIM, kKeyStages = KEY_STAGES, kOutputStages = OUTPUT_STAGES;
 constexpr int kBytes = FLOAT8 ? 1 : 2, kSummed = 32 / kBytes;  // of an element; those that one multiplication sums over
-// Columns of a chunk: of output, and of what comes in. A row of one has 128 or 64 bytes, which is also its swizzle.
+// Columns of a chunk, of output and of what comes in. A row of one has 128 or 64 bytes, which is also its swizzle.
 constexpr int kOutColumns = kHeadDim % 64 == 0 ? 64 : 32, kOutChunks = kHeadDim / kOutColumns, kOutRowBytes = 2 * kOutColumns;
 constexpr int kColumns = FLOAT8 ? kHeadDim : kOutColumns, kChunks = kHeadDim / kColumns, kRowBytes = kBytes * kColumns;
 constexpr int kRows = 128, kTiles = 2;
@@ -30,7 +30,7 @@ constexpr int kCorrection = 8, kMultiply = 12, kStore = 13, kLoad = 14, kWarps =
 constexpr int kSoftmaxRegisters = 184, kCorrectionRegisters = 96, kOtherRegisters = 48;
 static_assert(2 * kSoftmaxRegisters + kCorrectionRegisters + kOtherRegisters <= 512, "a multiprocessor has 64 K registers");
 static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128, "head dims are multiples of 32 up to 128; pad others");
-static_assert(!FLOAT8 || kHeadDim == 64 || kHeadDim == 128, "in 8 bits head dims are 64 and 128: other rows have no swizzle here");
+static_assert(!FLOAT8 || kHeadDim == 64 || kHeadDim == 128, "in 8 bits head dims are 64 and 128, bytes of a swizzle");
 static_assert(kKeys % 32 == 0 && kKeys <= 128, "slots of keys have 32, 64, 96 or 128 rows");
 static_assert(kKeyStages >= 2, "values and the next keys are in use at once");
 static_assert(kOutputStages >= 1, "output leaves through shared memory");
@@ -108,7 +108,8 @@ __device__ __forceinline__ void fetch_items(const Cta& C) {
     const int lengths = W.lengths;
     C.arrive(item_full + R.index);
     C.wait(q_empty, Q.phase);
-    load_queries<kTiles, kRows, kColumns, kChunks, kBytes>(C.base + kQueries, C.bar(q_full), C.maps.q, C.P.q, queries, lengths, C.P);
+    load_queries<kTiles, kRows, kColumns, kChunks, kBytes>(
+        C.base + kQueries, C.bar(q_full), C.maps.q, C.P.q, queries, lengths, C.P);
   }
   // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
   if (atomicAdd(C.P.counters + 1, 1) == gridDim.x - 1) C.P.counters[0] = C.P.counters[1] = 0;
@@ -346,8 +347,9 @@ __device__ __forceinline__ void correct(const Cta& C) {
 #pragma unroll
           for (int i = 0; i < 32; i += 8) {
             const int piece = (c + i) / 8, swizzled = kOutColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
-            store_shared(C.base + kOutputs + E.index * kOutputBytes + row * kOutRowBytes + swizzled * 16, pack(value(i), value(i + 1)),
-                         pack(value(i + 2), value(i + 3)), pack(value(i + 4), value(i + 5)), pack(value(i + 6), value(i + 7)));
+            store_shared(C.base + kOutputs + E.index * kOutputBytes + row * kOutRowBytes + swizzled * 16,
+                         pack(value(i), value(i + 1)), pack(value(i + 2), value(i + 3)),
+                         pack(value(i + 4), value(i + 5)), pack(value(i + 6), value(i + 7)));
           }
         }
         fence_async();

@@ -7,9 +7,10 @@
 constexpr int kFragments = kKeys / 32, kPacked = FLOAT8 ? 8 : 16;  // and registers of a fragment's weights
 #define MINUS_INFINITY (-__int_as_float(0x7f800000))
 
-// Weights are up to 2^(kLift + kSlack): those of the row's maximum are 2^kLift, which the final division takes back, and the
-// maximum is kept while no score makes a weight 2^kSlack times larger. Floats of 8 bits reach from 2^-9 to 448.
-constexpr float kLift = FLOAT8 ? 6.f : 0.f, kSlack = FLOAT8 ? 2.f : 8.f;
+// The weight of a row's maximum is 2^kLift, which the final division takes back, and the maximum is kept while no score makes
+// a weight 2^kSlack times larger. Floats of 8 bits reach from 2^-9 to 448 and have a mantissa of 3 bits: their maximum is never
+// kept, so that the largest weight, often most of the sum, is exact.
+constexpr float kLift = FLOAT8 ? 8.f : 0.f, kSlack = FLOAT8 ? 0.f : 8.f;
 
 // table[position]: columns whose coordinate in a dimension is below the position; dimension after dimension.
 __device__ __forceinline__ void fill_mask_table(u32* table, const int (&keys)[3]) {
@@ -84,7 +85,7 @@ struct Row {
   float maximum = MINUS_INFINITY, sum = 0.f;
 };
 
-// Updates the maximum, where it is not kept. Returns what the output and the sum so far must be multiplied by.
+// Updates the maximum, unless it is kept. Returns what the output and the sum so far must be multiplied by.
 __device__ __forceinline__ float raise_maximum(const u32 (&x)[kFragments][32], Row& row, float scale) {
   float m[2] = {row.maximum, MINUS_INFINITY};
 #pragma unroll
@@ -97,13 +98,15 @@ __device__ __forceinline__ float raise_maximum(const u32 (&x)[kFragments][32], R
   return exp2_fast((before - top) * scale);
 }
 
-// Turns scores into weights, in place and as floats of 16 or 8 bits in tensor memory. The first and the last 32 columns use the unit
-// for exponentials only; of the others, kPolynomial of 8 pairs do not.
+// Turns scores into weights, in place and as floats of 16 or 8 bits in tensor memory. The first and the last 32 columns use
+// the unit for exponentials only; of the others, kPolynomial of 8 pairs do not.
 __device__ __forceinline__ void weigh(u32 (&x)[kFragments][32], u32 to, const Row& row, float scale) {
-  const float shift = row.maximum == MINUS_INFINITY ? 0.f : kLift - row.maximum * scale;  // no key so far: any maximum will do
+  // Without a key so far any maximum will do.
+  const float shift = row.maximum == MINUS_INFINITY ? 0.f : FLOAT8 ? kLift - row.maximum * scale : -row.maximum * scale;
   const u64 scales = pair(scale, scale), shifts = pair(shift, shift);
 #pragma unroll
   for (int f = 0; f < kFragments; f++) {
+    u32 packed[kPacked];
 #pragma unroll
     for (int i = 0; i < 16; i++) {
       float a, b;
@@ -111,15 +114,10 @@ __device__ __forceinline__ void weigh(u32 (&x)[kFragments][32], u32 to, const Ro
       if (f > 0 && f < kFragments - 1 && i % 8 < kPolynomial) exp2_polynomial(a, b);
       else a = exp2_fast(a), b = exp2_fast(b);
       x[f][2 * i] = __float_as_uint(a), x[f][2 * i + 1] = __float_as_uint(b);
-    }
-    u32 packed[kPacked];
-    auto weight = [&](int i) { return __uint_as_float(x[f][i]); };
-#pragma unroll
-    for (int i = 0; i < kPacked; i++) {
 #if FLOAT8
-      packed[i] = pack(weight(4 * i), weight(4 * i + 1), weight(4 * i + 2), weight(4 * i + 3));
+      if (i % 2) packed[i / 2] = pack(__uint_as_float(x[f][2 * i - 2]), __uint_as_float(x[f][2 * i - 1]), a, b);
 #else
-      packed[i] = pack(weight(2 * i), weight(2 * i + 1));
+      packed[i] = pack(a, b);
 #endif
     }
     memory_store(to + kPacked * f, packed);
