@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from gna_flex import GNA, explain, flex_attention, gna_mask  # noqa: E402
 from gna_flex.cuda import jit  # noqa: E402
 from gna_flex.reference import FLOAT8  # noqa: E402
 from gna_flex.routing import Facts, facts_on, obstacle_to  # noqa: E402
-from gna_flex.selftest.problems import LIFT, PROBLEMS, Problem, compare, expected, rounded_weights  # noqa: E402
+from gna_flex.selftest.problems import LIFT, Problem, compare, expected, rounded_weights  # noqa: E402
 from gna_flex.selftest.worker import problems_of  # noqa: E402
 
 MASK = GNA((8, 12), (3, 5))
@@ -113,9 +112,9 @@ def box_by_box(problem: Problem, order: Tensor, slack: float) -> Tensor:
 
 def test_budgets_let_a_kernel_visit_keys_in_any_order_but_not_keep_a_maximum() -> None:
     """Which would round the largest weight, by up to 2^-4 of it."""
-    (problem,) = [problem for problem in PROBLEMS if problem.name == "large scores, float8"]
+    problem = Problem("large scores", (GNA((14, 20), -1),), 128, "float8_e4m3fn", scale=1.0)
     wanted, tokens = expected(problem), problem.gnas[0].tokens
-    in_order, shuffled = torch.arange(tokens), torch.randperm(tokens)
-    assert compare(box_by_box(problem, in_order, slack=0.0), None, wanted).share < 0.75
-    assert compare(box_by_box(problem, shuffled, slack=0.0), None, wanted).share < 0.75
-    assert compare(box_by_box(problem, in_order, slack=0.5), None, wanted).share > 1.25
+    in_order = torch.arange(tokens)
+    for order in (in_order, *(torch.randperm(tokens) for _ in range(3))):
+        assert compare(box_by_box(problem, order, slack=0.0), None, wanted).share < 0.75
+    assert compare(box_by_box(problem, in_order, slack=0.75), None, wanted).share > 1
