@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,11 @@ TOLERANCE = 0.05
 
 
 @functools.cache
-def our_step(head_dim: int, folder: Path) -> Step:
+def our_step(head_dim: int, folder: Path, float8: bool = False) -> Step:
     (config,) = BlackwellConfig.defaults(head_dim)
-    path = folder / f"{head_dim}.cubin"
-    path.write_bytes(config.compile("sm_100a").code)
-    return ours(Code(path), head_dim)
+    path = folder / f"{head_dim}-{float8}.cubin"
+    path.write_bytes(replace(config, float8=float8).compile("sm_100a").code)
+    return ours(Code(path), head_dim, float8)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,19 @@ def test_nothing_but_masks_uses_all_issue_slots(folder: Path) -> None:
         longest = max(product_clocks(head_dim), exponential_clocks(step.exponentials / 128))
         assert step.slots(rescaled=True) < 0.8 * longest
         assert step.slots(masked=True) < 1.05 * longest
+
+
+def test_a_step_in_8_bits(folder: Path) -> None:
+    """At head dim 128 exponentials limit it, even where every step has a new maximum."""
+    text = (jit.source_folder() / "README.md").read_text()
+    found = re.search(r"both head dims: (\d+) clocks, (\d+) % less\s.*\s.*to spare \((\d+) of (\d+)\)", text)
+    assert found
+    clocks, saved, slots, of = map(int, found.groups())
+    step = our_step(128, folder, float8=True)
+    exponentials = exponential_clocks(step.exponentials / 128)
+    assert product_clocks(128, float8=True) < exponentials == clocks == of
+    assert saved == round(100 * (1 - exponentials / product_clocks(128)))
+    assert slots == pytest.approx(step.slots(rescaled=True), rel=TOLERANCE)
 
 
 @pytest.mark.slow
