@@ -1,7 +1,7 @@
 """The PTX interpreter runs attention kernels that are known to work on Blackwell GPUs: their results come out right.
 
 So what it makes of the instructions that these kernels use is what the hardware makes of them, as far as results show.
-``PTX_SEEDS=5 python -m pytest tests/test_ptx_third_party.py`` takes more seeds and more instances of CUTLASS's kernel.
+``PTX_SEEDS=5 python -m pytest tests/test_ptx_third_party.py`` takes more seeds and more instances of these kernels.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from torch import Tensor  # noqa: E402
 
 from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.blackwell import HEAD_DIMS, BlackwellConfig  # noqa: E402
+from gna_flex.reference import FLOAT8  # noqa: E402
+from gna_flex.routing import FLOAT8_HEAD_DIMS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 
 COUNT = int(os.getenv("PTX_SEEDS", "2"))
+IN_8_BITS = FLOAT8_HEAD_DIMS if COUNT > 2 else (128,)
 TRITON = [
-    *(Triton(head_dim, float16=float16) for head_dim in (32, 64, 128) for float16 in (False, True)),
+    *(Triton(head_dim, dtype=dtype) for head_dim in (32, 64, 128) for dtype in (torch.bfloat16, torch.float16)),
     Triton(128, 64),
-    *(Triton(head_dim, 64, float16, roles=True) for head_dim, float16 in ((64, False), (128, True))),
+    *(Triton(head_dim, 64, dtype, roles=True) for head_dim, dtype in ((64, torch.bfloat16), (128, torch.float16))),
+    *(Triton(head_dim, dtype=FLOAT8) for head_dim in IN_8_BITS),
 ]
 CUTLASS = [Cutlass(128)]
 if COUNT > 2:  # nvcc takes a minute for each
@@ -48,9 +52,8 @@ seeds = pytest.mark.parametrize("seed", range(COUNT))
 
 def tensors(kernel: Any, queries: int, keys: int, batch: int = 1, heads: int = 1, group: int = 1) -> list[Tensor]:
     """Queries, keys and values; heads lie within tokens."""
-    kind = torch.float16 if kernel.float16 else torch.bfloat16
     shapes = (queries, heads * group), (keys, heads), (keys, heads)
-    return [torch.randn(batch, n, h, kernel.head_dim, dtype=kind).transpose(1, 2) for n, h in shapes]
+    return [torch.randn(batch, n, h, kernel.head_dim).to(kernel.dtype).transpose(1, 2) for n, h in shapes]
 
 
 def without(kernel: Any) -> dict[str, bool]:
@@ -118,7 +121,8 @@ def instruction_forms(kernel: Kernel) -> set[str]:
 def ours() -> list[BlackwellConfig]:
     """The shipped configurations."""
     configs = [config for head_dim in HEAD_DIMS for config in BlackwellConfig.defaults(head_dim)]
-    return [replace(config, float16=float16) for config in configs for float16 in (False, True)]
+    in_8_bits = [replace(config, float8=True) for config in configs if config.head_dim in IN_8_BITS]
+    return [replace(config, float16=float16) for config in configs for float16 in (False, True)] + in_8_bits
 
 
 UNSHARED = {
@@ -146,9 +150,9 @@ def test_products_that_only_ours_has() -> None:
         theirs |= kernel.run(*tensors(kernel, 128, 128), 0, **without(kernel))[2].forms
     mine: set[Form] = set()
     for config in ours():
-        kind = torch.float16 if config.float16 else torch.bfloat16
+        kind = FLOAT8 if config.float8 else torch.float16 if config.float16 else torch.bfloat16
         problem = Problem(GNA((16, 16), (7, 9)), config, tiles((1, 8, 16), (1, 8, 16), 128), dtype=kind)
         mine |= check(problem, 0).forms
-    assert len(mine) == 12
+    assert len(mine) == 12 + 2 * len(IN_8_BITS)
     only = [Form(Shape(128, 96, float16, False, True, 1), (0, 0), (64, 512), 8192) for float16 in (False, True)]
     assert mine - theirs == set(only)

@@ -29,8 +29,11 @@ from ptx.parse import Kernel, parse
 from ptx.tma import TensorMap
 from torch import Tensor
 
+from gna_flex.reference import FLOAT8, output_type
+
 TRITON = "3.9.0"
 """The version whose output these tests know."""
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", FLOAT8: "fp8e4nv"}
 DATA = Path(__file__).parent / "data"
 Result = tuple[Tensor, Tensor, Machine]
 
@@ -79,6 +82,11 @@ class Cutlass:
     blocks: int = 2
     broken: ClassVar[tuple[str, ...]] = ("load_waits", "store_waits", "tensor_fences")
     """Rules that it does not keep."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its inputs."""
+        return torch.float16 if self.float16 else torch.bfloat16
 
     def __str__(self) -> str:
         return f"cutlass-{self.head_dim}-{'f16' if self.float16 else 'bf16'}{'-causal' * self.causal}"
@@ -161,7 +169,7 @@ class Triton:
 
     head_dim: int
     keys: int = 128
-    float16: bool = False
+    dtype: torch.dtype = torch.bfloat16
     roles: bool = False
     rows: ClassVar[int] = 128
     causal: ClassVar[bool] = False
@@ -175,7 +183,7 @@ class Triton:
         return (*rules, "equal_writes") if self.roles else rules
 
     def __str__(self) -> str:
-        return f"triton-{self.head_dim}-{self.keys}-{'f16' if self.float16 else 'bf16'}{'-roles' * self.roles}"
+        return f"triton-{self.head_dim}-{self.keys}-{TRITON_TYPES[self.dtype]}{'-roles' * self.roles}"
 
     @functools.cache  # noqa: B019
     def compiled(self) -> dict[str, int | str]:
@@ -186,8 +194,7 @@ class Triton:
             version = "none"
         if version != TRITON:
             pytest.skip(f"the version of triton is {version} instead of {TRITON}")
-        kind = "fp16" if self.float16 else "bf16"
-        arguments = str(self.head_dim), str(self.keys), kind, str(int(self.roles))
+        arguments = str(self.head_dim), str(self.keys), TRITON_TYPES[self.dtype], str(int(self.roles))
         command = [sys.executable, DATA / "triton_attention.py", *arguments]
         cache = {"TRITON_CACHE_DIR": str(Path(os.environ["GNA_FLEX_CACHE_DIR"]) / "triton")}
         cache["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -200,15 +207,17 @@ class Triton:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, seed: int, **rules: bool) -> Result:
         """Output and log-sum-exp of one head, ``[1, 1, tokens, head_dim]``."""
-        out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan)
+        out = torch.full_like(q, math.nan, dtype=output_type(q.dtype))
+        lse = torch.full(q.shape[:3], math.nan)
         facts, width = self.compiled(), self.head_dim
         arguments: list[bytes] = []
         maps: dict[tuple[int, int], TensorMap] = {}
         for x, side in ((q, self.rows), (k, self.keys), (v, self.keys), (out, self.rows)):
             # The map, and what a kernel may ask about the tensor: sizes and strides.
-            tokens, columns = x.shape[2], min(width, 64)
+            tokens, size = x.shape[2], x.itemsize
+            columns = min(width, 128 // size)
             maps[len(arguments), 0] = TensorMap(
-                x.data_ptr(), (width, tokens), (2 * width,), (columns, side), 2 * columns
+                x.data_ptr(), (width, tokens), (size * width,), (columns, side), size * columns, size=size
             )
             arguments += [bytes(128), *(struct.pack("<i", n) for n in (tokens, width))]
             arguments += [struct.pack("<q", n) for n in (width, 1)]
