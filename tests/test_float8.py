@@ -13,7 +13,7 @@ from torch import Tensor
 
 needs_nvrtc()
 
-from gna_flex import GNA, explain, flex_attention, gna_mask  # noqa: E402
+from gna_flex import GNA, explain, flex_attention, gna_mask, tune  # noqa: E402
 from gna_flex.cuda import jit  # noqa: E402
 from gna_flex.reference import FLOAT8  # noqa: E402
 from gna_flex.routing import Facts, facts_on, obstacle_to  # noqa: E402
@@ -75,6 +75,8 @@ def test_what_is_refused() -> None:
         flex_attention(q.requires_grad_(), k, v, block_mask=mask, enable_gqa=True)
     with pytest.raises(ValueError, match="share one floating-point type"):
         flex_attention(q.detach(), k, v.bfloat16(), block_mask=mask, enable_gqa=True)
+    with pytest.raises(ValueError, match="takes the shapes of bfloat16"):
+        tune(MASK, heads=2, head_dim=64, dtype=FLOAT8)
     with pytest.raises(ValueError, match=r"only torch\.float8_e4m3fn is possible"):
         flex_attention(*(x.detach().to(torch.float8_e5m2) for x in (q, k, v)), block_mask=mask, enable_gqa=True)
 

@@ -35,6 +35,7 @@ from gna_flex.cuda.tables import KernelTiles
 from gna_flex.flex import foreign_to_kernels
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
+from gna_flex.reference import FLOAT8
 from gna_flex.routing import Facts, facts_on, obstacle_to, with_verdict
 from gna_flex.words import by_x, plain_text, times
 
@@ -149,12 +150,12 @@ def tune(
         heads: query heads.
         head_dim: a multiple of 8 up to 256.
         batch: batch size.
-        dtype: float16 or bfloat16.
+        dtype: float16 or bfloat16, whose choice float8_e4m3fn shares.
         device: the GPU; by default the current one.
         progress: called with (steps done, all steps).
 
     Raises:
-        ValueError: if heads, batch and mask do not fit each other.
+        ValueError: if heads, batch and mask do not fit each other, or ``dtype`` is float8_e4m3fn.
         RuntimeError: if the kernel cannot run here or not on this (the message says why), or memory does not suffice.
 
     >>> import gna_flex
@@ -164,6 +165,8 @@ def tune(
     gnas, foreign = _gnas_of(mask_or_gna)
     if min(heads, batch) < 1 or len(gnas) not in (1, heads):
         raise ValueError(f"heads={heads}, batch={batch}: at least 1 each, and as many heads as masks ({len(gnas)})")
+    if dtype == FLOAT8:
+        raise ValueError(f"{dtype} takes the shapes of bfloat16: tune these")
     if not torch.cuda.is_available():
         raise RuntimeError("kernels are tuned on an NVIDIA Hopper or Blackwell GPU, and there is none")
     where = torch.device("cuda" if device is None else device)
