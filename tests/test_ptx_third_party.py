@@ -131,8 +131,12 @@ UNSHARED = {
     "vote.sync.any.pred",
     "vote.sync.all.pred",
     "add.rm.f32x2",
+    "tcgen05.st.sync.aligned.32x32b.x8.b32",
 }
-"""What only our Blackwell kernel uses. Fences have no result; votes are in the Hopper kernel, which has run."""
+"""What only our Blackwell kernel uses. Fences have no result; votes are in the Hopper kernel, which has run.
+
+Others store weights of 8 bits in other numbers of columns than 8.
+"""
 
 
 @pytest.mark.slow
