@@ -244,7 +244,7 @@ def in_8_bits(problem: Problem) -> Problem:
 
 
 IN_8_BITS = {name: in_8_bits(BLACKWELL[name]) for name in (
-    "2-D", "text, some of it valid", "dilation", "causal, head dim 128", "grouped heads",
+    "2-D", "text, some of it valid", "dilation", "causal, head dim 128",
     "values that lie otherwise than keys", "large scores and masks", "head dim 64, 96 keys", "head dim 128, 128 keys",
 )}  # fmt: skip
 """Problems of the Blackwell kernel in float8_e4m3fn."""

@@ -117,6 +117,6 @@ def test_budgets_let_a_kernel_visit_keys_in_any_order_but_not_keep_a_maximum() -
     problem = Problem("large scores", (GNA((14, 20), -1),), 128, "float8_e4m3fn", scale=1.0)
     wanted, tokens = expected(problem), problem.gnas[0].tokens
     in_order = torch.arange(tokens)
-    for order in (in_order, *(torch.randperm(tokens) for _ in range(3))):
+    for order in (in_order, torch.randperm(tokens)):
         assert compare(box_by_box(problem, order, slack=0.0), None, wanted).share < 0.75
     assert compare(box_by_box(problem, in_order, slack=0.75), None, wanted).share > 1

@@ -121,7 +121,6 @@ CHANGES: dict[str, Change] = {
     "lift left in the log-sum-exp": (NOT_LIFTED, rf"\g<1>{constant(0)};", 1),
     "maximum kept": (RAISED, rf"\g<1>{constant(2)};", 1),
     "more bytes": COMMON["more bytes"],
-    "other column": COMMON["other column"],
 }
 # All columns lie in one chunk: how far it is to the next one means nothing.
 BITS = {

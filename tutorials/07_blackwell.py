@@ -50,7 +50,7 @@ assert choose_route(b200._replace(capability=(12, 0))).name == "flex-tiles"
 # - A PTX interpreter runs the kernel on a CPU, with hostile timing: 33 problems with every feature equal float64, and
 #   every reading too early, missing fence or race is an error: `tests/test_ptx_kernel.py`. Kernels with one thing
 #   changed (a bit of a descriptor, a barrier, a fence, a column) must be caught: `tests/test_ptx_blackwell_mutants.py`.
-#   The same in float8_e4m3fn, with 9 problems: `tests/test_ptx_float8.py`
+#   The same in float8_e4m3fn, with 8 problems: `tests/test_ptx_float8.py`
 # - The same interpreter gives the outputs that an H100 gave for the Hopper kernel, but for roundings, and the right
 #   results for Blackwell kernels of others that are known to work, of CUTLASS and of Triton:
 #   `tests/test_ptx_recorded.py`, `tests/test_ptx_third_party.py`
