@@ -104,9 +104,10 @@ def constant(number: float) -> str:
     return f"0f{np.float32(number).view(np.uint32):08X}"
 
 
-LIFTED = rf"(mov\.b32\s+%r\d+, ){constant(8)};"
-NOT_LIFTED = rf"(add\.f32\s+%r\d+, %r\d+, ){constant(-8)};"
-RAISED = rf"(setp\.leu\.f32\s+%p\d+, %r\d+, ){constant(0)};"
+# Older compilers have registers of floats, %f.
+LIFTED = rf"(mov\.[bf]32\s+%[rf]\d+, ){constant(8)};"
+NOT_LIFTED = rf"(add\.f32\s+%[rf]\d+, %[rf]\d+, ){constant(-8)};"
+RAISED = rf"(setp\.leu\.f32\s+%p\d+, %[rf]\d+, ){constant(0)};"
 CHANGES: dict[str, Change] = {
     "no product": (r"tcgen05\.mma[^;]*;", "", 3),
     "floats of 16 bits": (r"(tcgen05\.mma\S+)kind::f8f6f4", r"\1kind::f16", 3),
