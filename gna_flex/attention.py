@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from gna_flex import ops as ops
 from gna_flex.direct import recall
 from gna_flex.flex import autocast, eager_attention, reference, route_of, wants_grad
+from gna_flex.kernels import FLOAT8
 from gna_flex.mask import GNABlockMask
-from gna_flex.reference import FLOAT8, ScoreMod
+from gna_flex.reference import ScoreMod
 from gna_flex.routing import Route
 
 

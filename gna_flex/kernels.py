@@ -18,10 +18,17 @@ KERNELS = ("hopper", "blackwell")
 """Routes that are kernels of ours."""
 UNTRIED = ("blackwell",)
 """Kernels that we could run on no GPU: calls take them only where their self-test passed on the machine."""
+FLOAT8 = torch.float8_e4m3fn
+"""The type of 8 bits that inputs may have. It has no arithmetic: all is computed in float32."""
 
 _failure: str = ""
 _package: str | None = None
 _generation: int = 0
+
+
+def output_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of the output for inputs of a type: the same, but bfloat16 for float8_e4m3fn."""
+    return torch.bfloat16 if dtype == FLOAT8 else dtype
 
 
 def kernel_for(capability: tuple[int, int] | None) -> str:

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gna_flex import kernels
 from gna_flex.flex import eager_attention, to_base_2
+from gna_flex.kernels import output_type
 from gna_flex.mask import mask_of
 from gna_flex.mask_mod import MaskMod, counted_text, mask_mod
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import output_type, reference_attention
+from gna_flex.reference import reference_attention
 from gna_flex.reference_backward import reference_backward
 from gna_flex.routing import backward_obstacle, forced
 from gna_flex.tiling import from_tiles, to_tiles

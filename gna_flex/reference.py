@@ -8,19 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gna_flex.kernels import output_type
 from gna_flex.mask_mod import MaskMod
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-FLOAT8 = torch.float8_e4m3fn
-"""The type of 8 bits that inputs may have. It has no arithmetic: all is computed in float32."""
 CHUNK = 1 << 26
 """Scores held at a time per batch entry: queries come in chunks."""
-
-
-def output_type(dtype: torch.dtype) -> torch.dtype:
-    """The type of the output for inputs of a type: the same, but bfloat16 for float8_e4m3fn."""
-    return torch.bfloat16 if dtype == FLOAT8 else dtype
 
 
 def reference_attention(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from gna_flex import kernels
-from gna_flex.reference import FLOAT8
+from gna_flex.kernels import FLOAT8
 
 ROUTES = (*kernels.KERNELS, "flex-tiles", "flex", "reference")
 """Routes in order of preference: CUDA kernels, compiled FlexAttention in tile order and in the given one, reference."""

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not look through it again and again, a tenth of the suite's time."""
+    """What was imported stays: the collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
 

@@ -16,7 +16,7 @@ from gna_flex.cuda.blackwell import BlackwellConfig
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.tables import KernelTiles
-from gna_flex.reference import FLOAT8, output_type
+from gna_flex.kernels import FLOAT8, output_type
 from gna_flex.selftest.problems import rounded_weights
 
 

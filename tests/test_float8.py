@@ -15,7 +15,7 @@ needs_nvrtc()
 
 from gna_flex import GNA, explain, flex_attention, gna_mask, tune  # noqa: E402
 from gna_flex.cuda import jit  # noqa: E402
-from gna_flex.reference import FLOAT8  # noqa: E402
+from gna_flex.kernels import FLOAT8  # noqa: E402
 from gna_flex.routing import Facts, facts_on, obstacle_to  # noqa: E402
 from gna_flex.selftest.problems import LIFT, Problem, compare, expected, rounded_weights  # noqa: E402
 from gna_flex.selftest.worker import problems_of  # noqa: E402

@@ -61,6 +61,9 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
     of_weights = bool(before) and before[-1].endswith(", 1, 1, 1;") and "wgmma.mma_async" in text[match.end() :]
     for_the_compiler = name == "one group too many" and of_weights
     at_the_end = name == "no store wait" and ".read" not in match[0]
+    # So is the wait after the last product; but in a fused pass it is for gradients of queries, too.
+    of_values = name == "no product wait" and match[0].endswith(" 1;") and "wgmma.mma_async" not in text[match.end() :]
+    for_the_compiler |= of_values and "cp.reduce" not in text
     return cannot_matter(name, text, match) or at_the_end or for_the_compiler
 
 

@@ -26,7 +26,7 @@ from test_ptx_blackwell_mutants import BITS as SIXTEEN_BITS  # noqa: E402
 from test_ptx_engines import swizzled  # noqa: E402
 from test_ptx_tcgen05 import SECOND, SS, TS, WEIGHTS, close, multiply, operand  # noqa: E402
 
-from gna_flex.reference import FLOAT8  # noqa: E402
+from gna_flex.kernels import FLOAT8  # noqa: E402
 
 SHAPE = 1 << 4 | 16 >> 3 << 17 | 128 >> 4 << 24
 KIND = "kind::f8f6f4"

@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 
 from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.blackwell import HEAD_DIMS, BlackwellConfig  # noqa: E402
-from gna_flex.reference import FLOAT8  # noqa: E402
+from gna_flex.kernels import FLOAT8  # noqa: E402
 from gna_flex.routing import FLOAT8_HEAD_DIMS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")

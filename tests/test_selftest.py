@@ -15,7 +15,7 @@ import torch
 from gna_flex import GNA, cli, kernels
 from gna_flex.cli import main
 from gna_flex.cuda.forward import can_map
-from gna_flex.reference import FLOAT8
+from gna_flex.kernels import FLOAT8
 from gna_flex.routing import FLOAT8_HEAD_DIMS, FLOAT8_KERNELS, KERNEL_MAX_HEAD_DIM
 from gna_flex.selftest import worker
 from gna_flex.selftest.identity import identity

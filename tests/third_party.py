@@ -29,7 +29,7 @@ from ptx.parse import Kernel, parse
 from ptx.tma import TensorMap
 from torch import Tensor
 
-from gna_flex.reference import FLOAT8, output_type
+from gna_flex.kernels import FLOAT8, output_type
 
 TRITON = "3.9.0"
 """The version whose output these tests know."""

@@ -32,9 +32,8 @@ from gna_flex.cuda.tables import (
     window_table,
     work_records,
 )
-from gna_flex.kernels import kernel_for, lasting
+from gna_flex.kernels import FLOAT8, kernel_for, lasting, output_type
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import FLOAT8, output_type
 from gna_flex.torch_private import current_stream
 
 Int3 = ctypes.c_int * 3

@@ -33,9 +33,9 @@ from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.forward import Plan, Request, estimated, request_on
 from gna_flex.cuda.tables import KernelTiles
 from gna_flex.flex import foreign_to_kernels
+from gna_flex.kernels import FLOAT8
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import FLOAT8
 from gna_flex.routing import Facts, facts_on, obstacle_to, with_verdict
 from gna_flex.words import by_x, plain_text, times
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gna_flex.kernels import FLOAT8, output_type
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import FLOAT8, output_type, reference_attention
+from gna_flex.reference import reference_attention
 
 LSE_TOLERANCE = 1e-5
 """Error of a log-sum-exp in float32, relative to one more than its size."""

@@ -26,9 +26,9 @@ from gna_flex import kernels
 from gna_flex.attention import flex_attention
 from gna_flex.cuda.blackwell import POLYNOMIAL_ERROR
 from gna_flex.cuda.forward import Plan, plan, request_on
+from gna_flex.kernels import FLOAT8, output_type
 from gna_flex.mask import gna_mask
 from gna_flex.neighborhood import GNA
-from gna_flex.reference import FLOAT8, output_type
 from gna_flex.routing import FLOAT8_KERNELS, KERNEL_MAX_HEAD_DIM, backend
 from gna_flex.selftest.identity import identity
 from gna_flex.selftest.problems import PROBLEMS, Expected, Problem, compare, expected

@@ -15,7 +15,7 @@ from gna_flex import GNA
 from gna_flex.cuda import driver, forward, jit
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.tables import KernelTiles
-from gna_flex.reference import FLOAT8, output_type
+from gna_flex.kernels import FLOAT8, output_type
 from ptx.machine import Machine
 from ptx.parse import Kernel, parse
 from ptx.tma import TensorMap
