@@ -1,11 +1,13 @@
 """The self-test without a GPU: processes that pass, fail, crash, hang or lie, what is made of them, and the command."""
 
+import ctypes
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,10 +27,12 @@ from gna_flex.selftest.supervisor import (
     FAILED,
     MARK,
     PASSED,
+    SUPERVISOR,
     UNABLE,
     Outcome,
     Transcript,
     command,
+    end_with_supervisor,
     environment,
     supervise,
 )
@@ -184,6 +188,52 @@ def test_an_interrupt_ends_the_process(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         supervise([*script(tmp_path, HANGS + "time.sleep(600)"), str(tmp_path / "pids")], listener=interrupted)
     assert gone(tmp_path / "pids")
+
+
+STUCK = """
+import ctypes
+from gna_flex.selftest import worker
+
+def stuck(route):
+    print(os.getpid(), file=open(sys.argv[1], "w"), flush=True)
+    ctypes.PyDLL(None).sleep(600)  # holding Python's lock
+
+worker.problems_of = stuck
+worker.main("reference", "cpu")
+"""
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+
+
+@linux
+def test_a_process_ends_with_its_supervisor(tmp_path: Path) -> None:
+    """Which cannot end it when it is killed itself."""
+    words, pids = [*script(tmp_path, STUCK), str(tmp_path / "pids")], tmp_path / "pids"
+    supervisor = os.fork()
+    if supervisor == 0:
+        threading.Thread(target=supervise, args=[words]).start()
+        time.sleep(600)
+    try:
+        deadline = time.monotonic() + 60
+        while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert alive(int(pids.read_text()))
+    finally:
+        os.kill(supervisor, signal.SIGKILL)
+        os.waitpid(supervisor, 0)
+    assert gone(pids)
+
+
+@linux
+def test_a_process_that_nobody_supervises_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that was started by hand, nor what a supervised process starts, ends with its parent."""
+    for supervisor in ("", str(os.getppid() + 1)):
+        monkeypatch.setenv(SUPERVISOR, supervisor)
+        end_with_supervisor()
+        number = ctypes.c_int(-1)
+        assert ctypes.CDLL(None).prctl(2, ctypes.byref(number)) == 0, "PR_GET_PDEATHSIG"
+        assert number.value == 0
 
 
 def test_a_process_that_cannot_be_started() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -28,8 +29,13 @@ STALL = 120.0
 """Seconds without a word after which a process hangs."""
 FROM_OUTSIDE = ("SIGINT", "SIGTERM", "SIGKILL", "SIGHUP", "SIGQUIT")
 """Signals that a process is sent by others: they say nothing of a kernel."""
+SUPERVISOR = "_GNA_FLEX_SUPERVISOR"
+"""Variable that tells a process the id of the one that supervises it. It is no setting."""
 PASSED, FAILED, UNABLE = "passed", "failed", "unable"
 """The kernel is right, it is not, or the problems could not be run, which says nothing of it."""
+
+PR_SET_PDEATHSIG = 1
+"""Of ``prctl``: the signal that a process is sent when its parent ends."""
 
 Event = dict[str, Any]
 
@@ -138,7 +144,7 @@ def command(route: str, device: str, timing: bool = False) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """That of the process: this package, no forced route, no tuning, and no self-test within the self-test.
+    """That of the process: this package, no forced route, no tuning, no self-test within the self-test, and our id.
 
     Paths are absolute, because it runs in another folder.
     """
@@ -146,7 +152,7 @@ def environment() -> dict[str, str]:
     ours = {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path)}
     ours |= {"GNA_FLEX_CACHE_DIR": str(cache_folder())}
     ours |= {"GNA_FLEX_SELFTEST": "trust", "GNA_FLEX_AUTOTUNE": "0", "GNA_FLEX_BACKEND": ""}
-    return os.environ | ours
+    return os.environ | ours | {SUPERVISOR: str(os.getpid())}
 
 
 def supervise(
@@ -229,6 +235,17 @@ def end(process: subprocess.Popen[str]) -> None:
             process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10.0)
+
+
+def end_with_supervisor() -> None:
+    """Has Linux end this process as soon as its supervisor is gone, which may be killed and then cannot :func:`end` it.
+
+    Linux watches the thread that started this process, and that one is in :func:`supervise` until this process ends.
+    No thread here has to run for it: one that waits for a kernel that hangs may hold Python's lock. Without effect in
+    a process that was started by hand. One whose supervisor is gone already ends at its next word, which nobody reads.
+    """
+    if sys.platform == "linux" and os.environ.get(SUPERVISOR) == str(os.getppid()):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _last_line(errors: IO[bytes]) -> str:

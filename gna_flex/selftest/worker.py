@@ -32,7 +32,7 @@ from gna_flex.neighborhood import GNA
 from gna_flex.routing import FLOAT8_KERNELS, KERNEL_MAX_HEAD_DIM, backend
 from gna_flex.selftest.identity import identity
 from gna_flex.selftest.problems import PROBLEMS, Expected, Problem, compare, expected
-from gna_flex.selftest.supervisor import MARK
+from gna_flex.selftest.supervisor import MARK, end_with_supervisor
 
 POLLS = 1 << 18
 """Polls after which a kernel that is compiled to give up traps: at least some milliseconds."""
@@ -49,6 +49,7 @@ Call = Callable[[], Result]
 
 def main(route: str, device_name: str, timing: bool = False) -> None:
     """Runs the problems of a route, and says what comes out."""
+    end_with_supervisor()
     if hasattr(signal, "alarm"):
         signal.alarm(LAST_RESORT)
     device = torch.device(device_name)

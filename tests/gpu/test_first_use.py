@@ -98,7 +98,8 @@ def test_a_kernel_that_hangs_is_ended_and_the_gpu_is_well(tmp_path: Path) -> Non
     start = MARK + json.dumps({"event": "start", "variant": "", "problem": "for ever"})
     path = tmp_path / "hangs.py"
     path.write_text(
-        f"import torch\nprint({begin!r})\ntorch.zeros(1, device='cuda')\nprint({start!r}, flush=True)\n"
+        "import torch\nfrom gna_flex.selftest.supervisor import end_with_supervisor\nend_with_supervisor()\n"
+        f"print({begin!r})\ntorch.zeros(1, device='cuda')\nprint({start!r}, flush=True)\n"
         "[torch.cuda._sleep(1 << 40) for _ in range(1000)]\ntorch.cuda.synchronize()\n"
     )
     before = time.monotonic()
