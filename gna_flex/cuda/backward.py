@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -36,6 +37,8 @@ from gna_flex.cuda.shapes import choose
 from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
+
+log = logging.getLogger("gna_flex")
 
 OPERANDS = ("rows1", "rows2", "inner1", "inner2", "out1", "out2")
 """Tensors of one pass: those of rows, those that stream by, and results."""
@@ -215,7 +218,7 @@ def backward(
 
     ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head;
     ``text_valid`` are the lengths of text, int32 ``[B, 2]``, that the forward had. ``deterministic``: results repeat in
-    every bit, by default if ``torch.use_deterministic_algorithms`` says so; else what is quicker.
+    every bit, by default if ``torch.use_deterministic_algorithms`` says so; else what is quicker, and fits in memory.
     """
     head_dim, float16, device = query.shape[-1], query.dtype == torch.float16, query.device
     if len(set(gnas)) > 1 and key.shape[1] != query.shape[1]:
@@ -235,12 +238,17 @@ def backward(
     out = out if _has_rows(out) else out.contiguous()
     statistics = rows.statistics(out, grad_out if _has_rows(grad_out) else grad, lse, grad_lse, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+    sums = None
     if fused:
-        sums = torch.zeros(*q.shape[:3], of_keys.config.head_dim, dtype=torch.float32, device=device)
-        of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid, sums)
+        try:
+            sums = torch.zeros(*q.shape[:3], of_keys.config.head_dim, dtype=torch.float32, device=device)
+        except torch.OutOfMemoryError as error:
+            log.info("the backward takes two passes, which need less memory than a fused one: %s", error)
+            of_keys = pass_for(request, rows_are_keys=True)
+    of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid, sums)
+    if sums is not None:
         rows.round_sums(sums, dq)
     else:
-        of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid)
         pass_for(request, rows_are_keys=False).launch((q, grad, k, v, dq, dq), statistics, scale, text_valid)
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 

@@ -1,5 +1,6 @@
 """The hand-written backward against float64: random cases, poisoned gradients, repeats, streams, graphs, training."""
 
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -157,6 +158,37 @@ def test_torch_decides_whether_a_pass_is_fused(monkeypatch: pytest.MonkeyPatch) 
         finally:
             torch.use_deterministic_algorithms(False)
     assert asked == [False, False, True]
+
+
+def test_where_sums_find_no_memory_there_are_two_passes(caplog: pytest.LogCaptureFixture) -> None:
+    """Which repeat in every bit, so that their results are known."""
+    caplog.set_level(logging.INFO, "gna_flex")
+    gna = GNA((256, 256), 9)
+    inputs, mask = some(128, gna.tokens), gna_mask(gna, device="cuda")
+    out = flex_attention(*inputs, block_mask=mask)
+    grad = torch.randn_like(out)
+
+    def grads() -> list[Tensor]:
+        return [x.cpu() for x in torch.autograd.grad(out, inputs, grad, retain_graph=True)]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        wanted = grads()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        grads()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    memory = torch.cuda.max_memory_reserved() + (64 << 20)  # of 256 MiB that sums need
+    torch.cuda.empty_cache()
+    assert "two passes" not in caplog.text
+    torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.mem_get_info()[1])
+    try:
+        found = grads()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "two passes" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_one_tensor_as_query_and_key() -> None:
