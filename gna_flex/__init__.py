@@ -3,12 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gna_flex.attention import explain, flex_attention
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA
 from gna_flex.reference import reference_attention
 from gna_flex.routing import backend
 from gna_flex.tiling import TileOrder, permute, unpermute
+
+# MKL chooses its functions at their first call. If threads make that call at the same time, one of them may get some
+# that are right to four digits, for this call only (pytorch/pytorch#188792; seen with torch 2.11 and 2.13). Hence the
+# first call of those that the reference takes is made here, by one thread.
+for _dtype in (torch.float32, torch.float64):
+    torch.ones(1, dtype=_dtype, device="cpu").exp().log()
 
 if TYPE_CHECKING:
     from gna_flex.cuda.tune import tune as tune

@@ -17,19 +17,6 @@ CHUNK = 1 << 26
 """Scores held at a time per batch entry: queries come in chunks."""
 
 
-def _settle_functions() -> None:
-    """Has MKL choose its exponentials and logarithms for this CPU now, while one thread alone asks for them.
-
-    It chooses at their first call. Where threads make that call at the same time, one of them may get functions that
-    are right to four digits, for that call only (pytorch/pytorch#188792, in every torch that we support).
-    """
-    for dtype in (torch.float32, torch.float64):
-        torch.ones(1, dtype=dtype, device="cpu").exp().log()
-
-
-_settle_functions()
-
-
 def reference_attention(
     query: Tensor,
     key: Tensor,
