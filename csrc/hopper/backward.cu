@@ -12,6 +12,9 @@
 //   P = 2^(scores * scale - lse),  dS = P (dP - delta),  delta = sum(dO O) over columns, less the gradient of the log-sum-exp.
 // P and dS are accumulators that become operands in registers. Without FUSED results repeat in every bit.
 //
+// The consumers take turns: while one computes weights, the other one multiplies, its last products of a box and the scores of
+// the next. Left alone they drift into doing the same at the same time.
+//
 // Names of the forward are kept: "queries" are the rows of an item and "keys" what streams by. Items, their boxes and windows
 // come from the same tables, built for the inverse windows where rows are keys; see gna_flex/cuda/backward.py.
 #define kKeys KEYS
@@ -29,16 +32,18 @@ constexpr int kConsumerRegisters = kRowsAreKeys ? 240 : 232, kProducerRegisters 
 static_assert(kConsumers == 2, "registers are shared out for two consumers");
 static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 static_assert(kHeadDim <= (kRowsAreKeys ? 128 : 256), "two accumulators of more columns leave no registers");
-static_assert(!kFused || (kRowsAreKeys && kKeys == 64 && kHeadDim != 96), "dS of 64 queries, half of the columns in one chunk");
+static_assert(!kFused || (kRowsAreKeys && kKeys == 64 && kHeadDim % 64 == 0), "dS of 64 queries, half of the columns in whole chunks");
 
+constexpr u32 kResultChunk = kFused ? kRows * kRowBytes : kQueryChunk;  // from one chunk of results to the next
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kRows1 = 0, kRows2 = kRows1 + kRowStages * kQueryBytes, kRing = kRows2 + kRowStages * kQueryBytes,
-              kScoreGrads = kRing + kStages * 2 * kKeyBytes, kQueryGrads = kScoreGrads + kFused * kConsumers * kRows * 2 * kKeys,
-              kTable = kQueryGrads + kFused * kKeys * kHeadDim * sizeof(float), kWindows = kTable + (kKeys + 5) * 16 * kMaskWords,
+              kScoreGrads = kRing + kStages * 2 * kKeyBytes, kScoreGradBytes = kRows * 2 * kKeys,
+              kQueryGrads = kScoreGrads + kFused * 3 * kScoreGradBytes, kQueryGradBytes = kKeys * kHeadDim / 2 * sizeof(float),
+              kTable = kQueryGrads + kFused * kConsumers * kQueryGradBytes, kWindows = kTable + (kKeys + 5) * 16 * kMaskWords,
               kStatistics = kWindows + kConsumers * kRows * 3 * sizeof(int2),
               kWork = kStatistics + kRowsAreKeys * kStages * kKeys * sizeof(float2), kBoxes = kWork + kRecords * sizeof(Work),
               kBarriers = kBoxes + kStages * sizeof(KeyBox),
-              kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages + 1 + 3 * kFused);
+              kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages + 1 + kConsumers + (2 + 2 * kConsumers) * kFused);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
 
 // Boxes that an item meets: those of one head of queries after the other where rows are keys.
@@ -83,7 +88,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   const u32 base = shared_address(shared);
   const u32 x_full = base + kBarriers, x_empty = x_full + 8 * kRowStages, y_full = x_empty + 8 * kRowStages, y_empty = y_full + 8 * kStages,
             r_full = y_empty + 8 * kStages, r_empty = r_full + 8 * kRecords;
-  const u32 few_left = r_empty + 8 * kRecords, ds_empty = few_left + 8, dq_full = ds_empty + 8, dq_empty = dq_full + 8;
+  const u32 few_left = r_empty + 8 * kRecords, turn = few_left + 8;                                    // turn, dq_*: one for each consumer
+  const u32 ds_full = turn + 8 * kConsumers, ds_empty = ds_full + 8, dq_full = ds_empty + 8, dq_empty = dq_full + 8 * kConsumers;
   u32* table = (u32*)(shared + kTable);
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
@@ -92,11 +98,13 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1 + kRowsAreKeys + kFused);
-    for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, kConsumers);
+    for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, kFused ? 4 * kConsumers : kConsumers);
     for (int i = 0; i < kStages; i++) barrier_init(y_full + 8 * i, 1 + kRowsAreKeys), barrier_init(y_empty + 8 * i, 4 * kConsumers);
     barrier_init(few_left, 1);
+    for (int i = 0; i < kConsumers; i++) barrier_init(turn + 8 * i, 4);
     if (kFused) {
-      barrier_init(ds_empty, 4 * kConsumers), barrier_init(dq_full, 4 * kConsumers), barrier_init(dq_empty, 1);
+      barrier_init(ds_full, 4 * kConsumers), barrier_init(ds_empty, 4 * kConsumers);
+      for (int i = 0; i < kConsumers; i++) barrier_init(dq_full + 8 * i, 4), barrier_init(dq_empty + 8 * i, 1);
     }
     barrier_init_done();
   }
@@ -192,12 +200,16 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     if (warp == 3 && lane == 0) {  // sums of queries' gradients
       u32 phase = 0;
       walk([&](const Work& W, const KeyWalk& at, int h, const Stage&) {
-        barrier_wait(dq_full, phase), phase ^= 1;
-        for (int i = 0; i < kHeadDim / 32; i++)
-          tensor_add(&maps.dq[at.set], base + kQueryGrads + i * kKeys * 128, (at.is_text() ? 0 : W.dq_column) + 32 * i, at.c2, at.c1, at.c0,
-                     W.dq_place + h * P.dq.head_place);
-        stores_begin(), stores_read();
-        barrier_arrive(dq_empty);
+        const int column = at.is_text() ? 0 : W.dq_column;
+        for (int half = kConsumers - 1; half >= 0; half--) {  // consumer 0 comes later
+          barrier_wait(dq_full + 8 * half, phase);
+          for (int i = half * kHeadDim / 64; i < (half + 1) * kHeadDim / 64; i++)
+            tensor_add(&maps.dq[at.set], base + kQueryGrads + i * kKeys * 128, column + 32 * i, at.c2, at.c1, at.c0,
+                       W.dq_place + h * P.dq.head_place);
+          stores_begin(), stores_read();
+          barrier_arrive(dq_empty + 8 * half);
+        }
+        phase ^= 1;
       });
       stores_done();
     }
@@ -208,6 +220,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   // ---------------- consumers
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, lane_class = lane % 4;
+  const u32 leads = consumer == 0;
   Stage X{0, 0}, Y{0, 0}, R{0, 0}, D{0, 0};
   float first[kHeadDim / 2];                        // dQ or dK
   float second[kHeadDim / 2];                       // dV, where rows are keys
@@ -306,13 +319,12 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       }
     }
   };
-  // Gradients through this warpgroup's rows of a slot. Keys of text that do not count have none; and rows that no box fills
-  // become zeros again, as the next item's dQ must not meet a NaN there.
+  // Gradients to shared memory, from where they leave. Keys of text that do not count have none.
   auto write = [&](const Work& W, float (&x)[kHeadDim / 2], u32 to) {
-    if (kFused || (TEXT && kRowsAreKeys))
+    if (TEXT && kRowsAreKeys)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        if (kFused ? !counts[r] : ignored(W, r))
+        if (ignored(W, r))
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; i++) x[i] = (i >> 1 & 1) == r ? 0.f : x[i];
 #pragma unroll
@@ -320,32 +332,39 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       const int row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
       const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
       const float* v = x + 8 * i;
-      store_matrices(to + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+      store_matrices(to + i / (kColumns / 16) * kResultChunk + row * kRowBytes + swizzled * 16, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
     }
   };
 #if FUSED
+  // Consumer 0 leads by half a step, and multiplies dS of the box before when consumer 1 multiplies that of this one. Its own
+  // dS has two slots, those of even and of odd boxes.
+  auto score_grads = [&](u32 odd) { return base + kScoreGrads + (1 + odd) * kScoreGradBytes; };
   // dS to shared memory, for both consumers: 64 queries side by side in a key's row.
   auto share = [&](const u32 (&ds)[kKeys / 4]) {
-    const u32 to = base + kScoreGrads + (consumer * kRows + warp * 16 + lane % 16) * 128;
+    const u32 to = (leads ? score_grads(D.phase) : base + kScoreGrads) + (warp * 16 + lane % 16) * 128;
 #pragma unroll
     for (int g = 0; g < kKeys / 16; g++)
       store_matrices(to + ((2 * g + lane / 16) ^ (lane & 7)) * 16, ds[4 * g] & counts[0], ds[4 * g + 1] & counts[1], ds[4 * g + 2] & counts[0],
                      ds[4 * g + 3] & counts[1]);
     fence_async();
+    __syncwarp();
+    release(ds_full);
   };
-  // This consumer's columns of dQ of a box: dS K over all keys.
-  auto multiply_shared = [&](float (&dq)[kHeadDim / 4]) {
+  // This consumer's columns of dQ: dS K over all keys.
+  auto multiply_shared = [&](float (&dq)[kHeadDim / 4], u32 ds0, u32 ds1) {
     const u32 keys = base + kRows1 + X.index * kQueryBytes, column = consumer * kHeadDim / 2;
     const u32 from = keys + column / kColumns * kQueryChunk + column % kColumns * 2;
 #pragma unroll
-    for (int i = 0; i < kConsumers * kRows / 16; i++)
-      mma_dq(dq, operand<128>(base + kScoreGrads + i * 16 * 128, 16, 8 * 128), operand(from + i * 16 * kRowBytes, 16, 8 * kRowBytes), i != 0);
+    for (int i = 0; i < kConsumers * kRows / 16; i++) {
+      const u32 ds = (i < kRows / 16 ? ds0 : ds1) + i % (kRows / 16) * 16 * 128;
+      mma_dq(dq, operand<128>(ds, 16, 8 * 128), operand(from + i * 16 * kRowBytes, 16, 8 * kRowBytes), i != 0);
+    }
   };
   // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Of these, pieces 2 q and 2 q + 1 are
   // what thread q of four holds, so that no bank is met twice; round.cu puts columns in order.
-  auto hand_over = [&](const float (&dq)[kHeadDim / 4]) {
-    const u32 first_pair = consumer * (kHeadDim / 32);  // of pieces
-    const u32 to = base + kQueryGrads + first_pair / 2 * kKeys * 128 + row_of(0) * 128 + ((2 * lane_class + first_pair % 2) ^ (lane / 4)) * 16;
+  auto hand_over = [&](const float (&dq)[kHeadDim / 4], u32 odd) {
+    const u32 to = base + kQueryGrads + consumer * kQueryGradBytes + row_of(0) * 128 + (2 * lane_class ^ lane / 4) * 16;
+    barrier_wait(dq_empty + 8 * consumer, odd ^ 1);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 32; i++)
 #pragma unroll
@@ -355,7 +374,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       }
     fence_async();
     __syncwarp();
-    release(dq_full);
+    release(dq_full + 8 * consumer);
   };
 #endif
   auto store_box = [&](const Work& W, u32 from, const TensorMap* map) {
@@ -363,7 +382,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     const bool text = is_text(W);
     const int step0 = text ? 0 : P.beside[0], step1 = text ? 0 : P.beside[1], step2 = text ? kRows : P.beside[2];
     for (int i = 0; i < kChunks; i++)
-      tensor_store(map, from + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
+      tensor_store(map, from + i * kResultChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
                    W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
   };
 
@@ -373,6 +392,10 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     const int boxes = W.boxes * inner_heads(P);
     if (boxes == 0) break;
     begin(W);
+    if (kFused) {  // dQ goes where results of the item before came from
+      if (threadIdx.x % 128 == 0) stores_read();
+      named_barrier(1 + consumer, 128);
+    }
     barrier_wait(x_full + 8 * X.index, X.phase);
     const u32 rows1 = own_rows(kRows1), rows2 = own_rows(kRows2);
     u32 used = 0;  // the slot of the last box, to be given back once its last product is done
@@ -389,6 +412,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       mma_commit();
       scores(d, rows2, slot + kKeyBytes);
       mma_commit();
+      if (j > 0) release(turn + 8 * leads);
       mma_wait<1>(), keep(s), keep(first);
       if (j > 0) release(used);
       used = y_empty + 8 * Y.index;
@@ -398,20 +422,23 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       differentiate(s, d, statistics);
       to_operand(s, ds);
       // No product is in flight while operands are packed: else the compiler would need further registers, and serialise all.
+      const u32 odd = D.phase ^ leads;  // of the box whose dQ comes now, if FUSED
 #if FUSED
       float dq[kHeadDim / 4];
-      barrier_wait(ds_empty, D.phase ^ 1);
+      barrier_wait(leads ? ds_full : ds_empty, D.phase ^ 1);
       share(ds);
       keep(dq);
 #endif
+      barrier_wait(turn + 8 * consumer, odd);
       mma_fence();
       if (kRowsAreKeys) {
         add_values(second, p, slot + kKeyBytes);
         mma_commit();
       }
 #if FUSED
-      named_barrier(1 + kConsumers, 128 * kConsumers);  // the other consumer's dS, too
-      multiply_shared(dq);
+      if (!leads) barrier_wait(ds_full, odd);
+      // Of the box before the first one there is nothing: any product that nobody reads, as a branch costs registers.
+      multiply_shared(dq, j < leads ? rows1 : score_grads(odd), j < leads ? rows1 : base + kScoreGrads);
       mma_commit();
 #endif
       add_values(first, ds, slot);
@@ -419,14 +446,48 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       if (kRowsAreKeys) mma_wait<1>(), keep(second);
 #if FUSED
       keep(dq);
-      release(ds_empty);
-      barrier_wait(dq_empty, D.phase ^ 1);
-      hand_over(dq);
+      if (j >= leads) {
+        release(ds_empty);
+        hand_over(dq, odd);
+      }
 #endif
     }
+    release(turn + 8 * leads);
+#if FUSED
+    if (leads) {
+      float dq[kHeadDim / 4];
+      const u32 odd = D.phase ^ 1;
+      barrier_wait(ds_full, odd);
+      keep(dq), mma_fence();
+      multiply_shared(dq, score_grads(odd), base + kScoreGrads);
+      mma_commit();
+      mma_wait<0>(), keep(dq);
+      release(ds_empty);
+      release(x_empty + 8 * X.index);
+      hand_over(dq, odd);
+    } else release(x_empty + 8 * X.index);
+#endif
     mma_wait<0>(), keep(first);
     release(used);
-    if (kFused) barrier_wait(ds_empty, D.phase ^ 1);  // the other consumer has used the keys whose place results take
+#if FUSED
+    // Results leave one after the other through this consumer's half of dQ: the next item's rows are on their way to the slot.
+    const int set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
+    const u32 half = base + kQueryGrads + consumer * kQueryGradBytes;
+    const bool stores = threadIdx.x % 128 == 0;
+    auto leave = [&](float (&x)[kHeadDim / 2], const TensorMap* map) {
+      write(W, x, half);
+      fence_async();
+      named_barrier(1 + consumer, 128);
+      if (stores) store_box(W, half, map), stores_begin();
+    };
+    barrier_wait(dq_empty + 8 * consumer, D.phase ^ 1);
+    leave(second, &maps.out2[set]);
+    if (stores) stores_read();
+    named_barrier(1 + consumer, 128);
+    leave(first, &maps.out1[set]);
+    if (stores) barrier_arrive(r_empty + 8 * R.index);
+#else
+    // Results leave from the place of the rows.
     write(W, first, rows1);
     if (kRowsAreKeys) write(W, second, rows2);
     fence_async();
@@ -439,6 +500,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       stores_begin(), stores_read();
       barrier_arrive(x_empty + 8 * X.index);
     }
+#endif
   }
   if (threadIdx.x % 128 == 0) stores_done();
 }
