@@ -10,11 +10,12 @@
 // ahead, and loads their queries. The second walks the key boxes of an item and sends each with its coordinates and the
 // kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of their rows.
 //
-// Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters that
-// share key boxes, scores of the next item beside the last values of this one (one loop over the boxes of all items: fewer
-// idle cycles, but slower), exponentials as polynomials (4 to 10 % slower), windows in shared memory, 3 consumers with 80
-// keys at head dim 128 (dense within noise, masks 2 to 9 % slower). The GPU runs at its power limit: cycles saved while the
-// tensor cores wait lower the clock, so count bytes and instructions rather than bubbles.
+// Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters of two
+// CTAs that share key boxes by multicast (0 to 3 % slower), turns of the consumers as in backward.cu (no gain), scores of the
+// next item beside the last values of this one (one loop over the boxes of all items: fewer idle cycles, but slower),
+// exponentials as polynomials (4 to 10 % slower), windows in shared memory, 3 consumers with 80 keys at head dim 128 (dense
+// within noise, masks 2 to 9 % slower). The GPU runs at its power limit: cycles saved while the tensor cores wait lower the
+// clock, so count bytes and instructions rather than bubbles.
 #define kKeys KEYS
 #include "hopper/softmax.cuh"
 #include "hopper/products.cuh"
