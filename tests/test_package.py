@@ -55,6 +55,7 @@ HEAVY = (
 IMPORT = f"""
 import sys
 import torch
+import torch.utils.flop_counter  # imports Triton where that is installed
 of_torch = set(sys.modules)  # newer versions import cuda.bindings themselves
 import gna_flex
 added = set(sys.modules) - of_torch
