@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from gna_flex.torch_private import constant_result
+
 log = logging.getLogger("gna_flex")
 
 T = TypeVar("T")
@@ -42,7 +44,7 @@ def kernel_for(capability: tuple[int, int] | None) -> str:
     return "hopper" if capability == (9, 0) else "blackwell" if capability[0] == 10 else ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def untested(kernel: str, device: int) -> str:
     """Why a kernel of :data:`UNTRIED` is not used on a GPU; empty if its self-test passed. Runs it where that is open.
 

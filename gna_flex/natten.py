@@ -15,6 +15,7 @@ from gna_flex.attention import flex_attention
 from gna_flex.kept import fixed, keep_for_graphs, kept_mask, masks_of_graphs
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA, Bools, Ints, as_int
+from gna_flex.torch_private import constant_result
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "na1d", "na2d", "na3d"]
 
@@ -321,7 +322,7 @@ def _mask_in_graph(
     return mask
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _name_in_graphs(layout: tuple[int, ...], neighborhood: tuple[Any, ...], extra: int, device: torch.device) -> str:
     """Where a graph finds its mask. It is called while torch compiles, and its answer becomes part of the graph."""
     return keep_for_graphs(_gna(layout, *neighborhood, extra), device)

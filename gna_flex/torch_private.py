@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "HOP_ARGUMENTS",
     "FakeTensor",
     "compile_graph",
+    "constant_result",
     "current_stream",
     "example_input",
     "flex_attention_backward_hop",
@@ -59,14 +60,20 @@ BLOCK_TABLES = (
 )
 """Tensors of a BlockMask, in the order of its constructor."""
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_result(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which takes a second when it is first used: it imports Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 flex_attention_hop: Any = _hop
 """The FlexAttention operator that torch's front end calls, in eager mode and in graphs."""
 
 flex_attention_backward_hop: Any = _backward_hop
 """Its backward: query, key, value, output, log-sum-exp (base 2), gradients of the last two, then as the forward."""
-
-compile_graph: Any = torch._inductor.compile
-"""A traced graph and example inputs to a compiled function of inputs of the same sizes and strides."""
 
 HOP_ARGUMENTS = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")
 """Leading arguments of ``flex_attention_hop``. It returns output, log-sum-exp and maximum, both in base 2."""
@@ -82,6 +89,12 @@ sliced_mask_mod = getattr(_flex_module, "_sliced_mask_mod_error", None)
 def is_identity(score_mod: Any) -> bool:
     """Whether torch's front end was called without a score_mod."""
     return score_mod is None or score_mod is _identity
+
+
+def compile_graph(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A traced graph and example inputs to a compiled function of inputs of the same sizes and strides."""
+    compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
+    return compiled
 
 
 def current_stream(device: int) -> int:

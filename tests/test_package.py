@@ -17,8 +17,8 @@ MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path
 # From the description of a mask up to the front door; everything else (reports, pictures, commands) is above it.
 ROOMS = [
     "words",
-    "kernels",
     "torch_private",
+    "kernels",
     "literal",
     "intervals",
     "neighborhood",
@@ -45,6 +45,8 @@ HEAVY = (
     "diffusers",
     "transformers",
     "triton",
+    "torch._dynamo",
+    "torch._inductor",
     "natten",
     "cuda.",
     "gna_flex.cuda",

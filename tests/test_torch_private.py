@@ -19,6 +19,7 @@ from gna_flex.torch_private import (
     BLOCK_TABLES,
     HOP_ARGUMENTS,
     FakeTensor,
+    constant_result,
     example_input,
     flex_attention_hop,
     has_static_value,
@@ -323,6 +324,17 @@ def test_passes_before_gradients():
         assert seen[1] is x
         torch.compile(lambda x: x + 2)(x)
         assert seen[2:] == ["before"]
+
+
+def test_marks_of_constant_results_are_those_of_torch():
+    def of_torch():
+        pass
+
+    def of_ours():
+        pass
+
+    torch.compiler.assume_constant_result(of_torch)
+    assert vars(constant_result(of_ours)) == vars(of_torch) != {}
 
 
 @pytest.mark.parametrize("name", gna_flex.torch_private.__all__)

@@ -20,7 +20,7 @@ from gna_flex.integrations.summary import ModelReport, summary
 from gna_flex.kept import fixed, keep_for_graphs, masks_of_graphs
 from gna_flex.mask import GNABlockMask, gna_mask
 from gna_flex.neighborhood import GNA, Ints
-from gna_flex.torch_private import has_static_value
+from gna_flex.torch_private import constant_result, has_static_value
 
 log = logging.getLogger("gna_flex")
 
@@ -203,7 +203,7 @@ def _causal_in_graph(tokens: int, window: int, device: Any) -> GNABlockMask:
     return mask
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _name_in_graphs(tokens: int, window: int, device: Any) -> str:
     """Where a graph finds its mask. It is called while torch compiles, and its answer becomes part of the graph."""
     return keep_for_graphs(GNA.sliding_window(tokens, window, causal=True), torch.empty(0, device=device).device)
