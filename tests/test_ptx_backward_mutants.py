@@ -1,9 +1,16 @@
 """One thing at a time is changed in the backward kernel's PTX: the interpreter must notice, by an error or the result.
 
-The kinds of change are those of the forward kernel, by default some of them, and all with ``PTX_MUTANTS=all``. Two more
-cannot matter than there. Where rows are keys, weights times gradients of outputs need not be done when gradients of
-scores become operands: that wait is for the compiler, which is short of registers. And at the end all stores have been
-read, so that the last wait is for what is written only.
+The kinds of change are those of the forward kernel, by default some of them, and all with ``PTX_MUTANTS=all``. More
+than there cannot matter:
+
+- Consumers take turns, and the next item is taken late, for speed only: nobody needs these two waits. It does not
+  matter either whose turn comes first, but in a fused pass, whose consumers need each other's gradients of scores.
+- One slot of rows is free when the item before is done, and so is that item's record: waiting for that, too, matters
+  with more slots, and in a fused pass, which gives rows back before results leave.
+- Products of weights are waited for at a box's end. Where rows are keys that is for the compiler, which is short of
+  registers; in a fused pass they could be one group with the next products, which are waited for there, too.
+- For its last gradients of queries a fused pass has registers that only products write: that fence is for the compiler.
+- At the end all sums, and results but those of a fused pass, have been read: that wait is for what is written only.
 """
 
 from __future__ import annotations
@@ -29,14 +36,21 @@ from gna_flex.cuda.kernel import Config  # noqa: E402
 from gna_flex.cuda.tables import KernelTiles  # noqa: E402
 
 CONFIG = Config(64, 32, query_stages=1)
+BARRIERS = (
+    *("x_full", "x_empty") * CONFIG.query_stages,
+    *["y_full"] * CONFIG.key_stages,
+    *["y_empty"] * CONFIG.key_stages,
+    *("r_full", "r_full", "r_empty", "r_empty", "few_left", "turn", "turn"),
+)
+"""Barriers in the order in which the kernel has them, but for those of fused passes."""
 PROBLEM = Problem(GNA((8, 16), (5, 9)), CONFIG, TWO, heads=2, key_heads=2)
 RUNS = (
     (PROBLEM, 0),
-    (Problem(GNA((8, 16), (8, 16)), CONFIG, TWO, heads=2, key_heads=1), 0),
+    (Problem(GNA((8, 16), (8, 16)), CONFIG, KernelTiles((1, 8, 8), 2, 2, (1, 4, 8), 32), heads=2, key_heads=1), 0),
     (Problem(GNA((9, 9), (5, 4)), CONFIG, KernelTiles((1, 5, 7), 2, 2, (1, 4, 7), 32)), 0),
     *((PROBLEM._replace(heads=6, key_heads=6), seed) for seed in range(3)),
 )
-"""With masks, without any and with grouped heads, with empty rows, with many items."""
+"""With masks, with all rows but no masks and with grouped heads, with empty rows, with many items."""
 
 
 @dataclass
@@ -55,16 +69,41 @@ class PassMutation(Mutation):
         check_pass(problem, self.kind, seed, change=lambda _: mutant, most=ENDLESS)
 
 
+def place(text: str, register: str) -> int:
+    """The constants that an address adds up: the kind of a barrier, as only which one of a kind is computed."""
+    found = list(re.finditer(rf"\tadd\.s32 \t{register}, ([^,]+), (.+);", text))
+    if not found:
+        return 0
+    before = text[: found[-1].start()]
+    return sum(place(before, term) if term.startswith("%") else int(term) for term in found[-1].groups())
+
+
+def awaits(text: str, match: re.Match[str]) -> str:
+    """The kind of barrier that a wait is for, if it is one of :data:`BARRIERS`."""
+    inits = {place(text, register) for register in re.findall(r"mbarrier\.init\S+ \[(%\w+)\]", text)}
+    names = dict(zip(sorted(inits), BARRIERS, strict=False))
+    return names.get(place(text[: match.start()], re.findall(r"\[(%\w+)\]", match[1])[0]), "")
+
+
 def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
-    """What cannot matter in the forward either, and the two changes in the text of this file."""
-    before = re.findall(r"wgmma\.mma_async[^;]*;", text[: match.start()])
-    of_weights = bool(before) and before[-1].endswith(", 1, 1, 1;") and "wgmma.mma_async" in text[match.end() :]
-    for_the_compiler = name == "one group too many" and of_weights
-    at_the_end = name == "no store wait" and ".read" not in match[0]
-    # So is the wait after the last product; but in a fused pass it is for gradients of queries, too.
-    of_values = name == "no product wait" and match[0].endswith(" 1;") and "wgmma.mma_async" not in text[match.end() :]
-    for_the_compiler |= of_values and "cp.reduce" not in text
-    return cannot_matter(name, text, match) or at_the_end or for_the_compiler
+    """What cannot matter in the forward either, and the changes in the text of this file, in its order."""
+    fused = "cp.reduce" in text
+    before, after = text[: match.start()], text[match.end() :]
+    until, _, product = after.partition("wgmma.mma_async")
+    if name == "no wait" and awaits(text, match) in ("turn", "few_left", *["r_empty"] * (not fused)):
+        return True
+    if name == "other parity" and awaits(text, match) == "turn" and not fused:
+        return True
+    if name == "no product wait" and match[0].endswith(" 1;") and not product:
+        return True
+    if name == "no product commit" and product and "wgmma" not in until:
+        # Of products with an operand in registers; that of scores is waited for alone.
+        return "}, {" in before.rpartition("wgmma.mma_async")[2].partition(";")[0]
+    if name == "no product fence" and f"\t{product.partition('{')[2].partition(',')[0]}," not in text:
+        return True
+    if name == "no store wait" and ".read" not in match[0]:
+        return before.rindex("wait_group.read") > before.rindex("commit_group")
+    return cannot_matter(name, text, match)
 
 
 NAMES = [name for name in CHANGES if name != "no shuffle"]  # it has none
