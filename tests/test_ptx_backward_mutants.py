@@ -10,6 +10,8 @@ than there cannot matter:
 - Products of weights are waited for at a box's end. Where rows are keys that is for the compiler, which is short of
   registers; in a fused pass they could be one group with the next products, which are waited for there, too.
 - For its last gradients of queries a fused pass has registers that only products write: that fence is for the compiler.
+- At the start of an item of a fused pass its consumers wait for the thread that stores results; it comes to the exchange
+  of gradients of scores later, for which they wait, too.
 - At the end all sums, and results but those of a fused pass, have been read: that wait is for what is written only.
 """
 
@@ -103,6 +105,10 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
         return True
     if name == "no store wait" and ".read" not in match[0]:
         return before.rindex("wait_group.read") > before.rindex("commit_group")
+    if name == "no bar.sync" and fused:
+        # At an item's start: the thread that waits for stores arrives later at ds_full, for which all wait before dQ.
+        last, follows = re.findall(r"wait_group\.read|bar\.sync", before)[-1:], re.search(r"try_wait|stmatrix", after)
+        return last == ["wait_group.read"] and follows is not None and follows[0] == "try_wait"
     return cannot_matter(name, text, match)
 
 
