@@ -10,8 +10,8 @@ than there cannot matter:
 - Products of weights are waited for at a box's end. Where rows are keys that is for the compiler, which is short of
   registers; in a fused pass they could be one group with the next products, which are waited for there, too.
 - For its last gradients of queries a fused pass has registers that only products write: that fence is for the compiler.
-- At the start of an item of a fused pass its consumers wait for the thread that stores results; it comes to the exchange
-  of gradients of scores later, for which they wait, too.
+- At the start of an item of a fused pass its consumers wait for the thread that stores results; it comes to the
+  exchange of gradients of scores later, for which they wait, too.
 - At the end all sums, and results but those of a fused pass, have been read: that wait is for what is written only.
 """
 
