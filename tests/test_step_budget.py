@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 0.05
-"""Compilers of other versions may differ by so much from the table."""
+"""Compilers of other versions may differ by so much from the table, or by one instruction."""
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def assert_as_written(step: Step, head_dim: int, column: int) -> None:
     written = table(column)
     assert written.keys() - numbers(step, head_dim).keys() == {"registers: softmax, correction, others"}
     for name, number in numbers(step, head_dim).items():
-        assert written[name] == [pytest.approx(number, rel=TOLERANCE)], name
+        assert written[name] == [pytest.approx(number, rel=TOLERANCE, abs=1)], name
 
 
 @pytest.mark.parametrize(("column", "head_dim"), [(0, 64), (1, 128)])
