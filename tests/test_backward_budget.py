@@ -36,7 +36,7 @@ def spill_budget(config: BackwardConfig) -> int:
 
     Where rows are keys, producers keep 24 registers, which is too few; they wait for memory most of the time.
     """
-    return 680 if config.rows_are_keys else 80
+    return 700 if config.rows_are_keys else 80
 
 
 def name_of(config: BackwardConfig) -> str:
