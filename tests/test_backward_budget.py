@@ -35,8 +35,9 @@ def spill_budget(config: BackwardConfig) -> int:
     """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that consumers have none.
 
     Where rows are keys, producers keep 24 registers, which is too few; they wait for memory most of the time.
+    NVRTC 13.0, which comes with torch 2.11, needs 4 bytes more.
     """
-    return 700 if config.rows_are_keys else 80
+    return 680 + 4 * (jit.nvrtc_version() == "13.0") if config.rows_are_keys else 80
 
 
 def name_of(config: BackwardConfig) -> str:
