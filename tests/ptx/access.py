@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptx.alu import only
-from ptx.errors import OutOfBoundsError, UnsupportedError
+from ptx.errors import InFlightError, OutOfBoundsError, UnsupportedError
 from ptx.memory import WINDOW
 from ptx.parse import SINK, Address, Instruction, Operand, Reg, Vector
 from ptx.program import FILES, TYPES, Program, Run, opcode
@@ -16,7 +16,7 @@ from ptx.warp import Warp
 
 SPACES = ("param", "global", "shared", "shared::cta")
 NO_WORDS = np.zeros(0, np.int64)
-HINTS = ("v2", "v4", "nc", "volatile", "relaxed", "gpu", "cta", "aligned")
+HINTS = ("v2", "v4", "nc", "volatile", "relaxed", "acquire", "gpu", "cta", "aligned")
 
 
 def pointer(program: Program, operand: Operand) -> tuple[int, int]:
@@ -83,6 +83,7 @@ def _locate(w: Warp, space: str, at: np.ndarray, size: int, count: int) -> tuple
 @opcode("ld")
 def load(program: Program, ins: Instruction) -> Run:
     space, kind = _space(ins), TYPES[ins.parts[-1]]
+    polls = "acquire" in ins.parts
     items = _items(ins.operands[0])
     size, count = np.dtype(kind).itemsize, len(items)
     wide = program.register_kind(items[0])
@@ -101,6 +102,8 @@ def load(program: Program, ins: Instruction) -> Run:
     def run(w: Warp) -> None:
         where, at = _resolve(space, addresses(w, slot, offset))
         data, index, words = _locate(w, where, at, size, count)
+        if polls:
+            w.polled, w.unfenced = w.block.machine.atomics, True
         if where == "shared":
             if unused:
                 words = np.delete(words.reshape(-1, count), unused, 1).reshape(-1)
@@ -146,21 +149,24 @@ def store(program: Program, ins: Instruction) -> Run:
 ATOMIC: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
-@opcode("atom.global", "atom.relaxed.gpu.global", "red.global", "red.relaxed.gpu.global")
+@opcode("atom.global", "atom.relaxed.gpu.global", "red.global", "red.relaxed.gpu.global", "red.release.gpu.global")
 def atomic(program: Program, ins: Instruction) -> Run:
-    only(ins, "global", "relaxed", "gpu", *ATOMIC)
+    only(ins, "global", "relaxed", "release", "gpu", *ATOMIC)
     kind = TYPES[ins.parts[-1]]
     function = next(ATOMIC[part] for part in ins.parts if part in ATOMIC)
     *to, target, operand = ins.operands
     result = program.slot(to[0], kind) if to and to[0] != SINK else None
     slot, offset = pointer(program, target)
     value = program.slot(operand, kind)
-    size = np.dtype(kind).itemsize
+    size, releases = np.dtype(kind).itemsize, "release" in ins.parts
 
     def run(w: Warp) -> None:
+        if releases and any(w.stores[lane].unfinished for lane in np.flatnonzero(w.mask) if lane in w.stores):
+            raise InFlightError("a release by a thread that has not waited for its copies to be done")
         data, index, _ = _locate(w, "global", addresses(w, slot, offset), size, 1)
         data = data.view(kind)
         lanes = np.flatnonzero(w.mask)
+        w.block.machine.atomics += 1
         for i in w.block.machine.rng.permutation(len(lanes)):
             place, lane = index[i], lanes[i]
             old = data[place].copy()

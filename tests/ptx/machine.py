@@ -102,6 +102,8 @@ class Machine:
         self.forms: set[tcgen05.Form] = set()
         """Kinds of products of tensor memory that there were."""
         self.executed, self.most = 0, most
+        self.atomics = 0
+        """Atomics in global memory that there were."""
         self.grid: list[Block] = []
         self.program: Program
 

@@ -10,10 +10,10 @@ import numpy as np
 from ptx.access import addresses, pointer
 from ptx.alu import only
 from ptx.barriers import MBarrier, NamedBarrier
-from ptx.errors import DivergenceError, PtxError, UnsupportedError
+from ptx.errors import DivergenceError, ProxyFenceError, PtxError, UnsupportedError
 from ptx.parse import Address, Imm, Instruction, Operand, Vector
 from ptx.program import Program, Run, opcode
-from ptx.tma import Load, Reduction, Store, StoreGroups
+from ptx.tma import Line, Load, Reduction, Store, StoreGroups
 from ptx.warp import Warp
 from ptx.wgmma import Shape
 
@@ -119,8 +119,11 @@ def fence_barriers(program: Program, ins: Instruction) -> Run:
 
 @opcode("fence.proxy.async")
 def fence_proxy(program: Program, ins: Instruction) -> Run:
+    everywhere = ins.opcode == "fence.proxy.async"
+
     def run(w: Warp) -> None:
         w.block.shared.proxy_fence(w)
+        w.unfenced &= not everywhere
 
     return run
 
@@ -189,6 +192,18 @@ def set_registers(program: Program, ins: Instruction) -> Run:
     return run
 
 
+@opcode("nanosleep.u32")
+def sleep(program: Program, ins: Instruction) -> Run:
+    """Until some atomic may have changed what was polled, so that threads that poll for ever are a deadlock."""
+
+    def run(w: Warp) -> None:
+        seen, machine = w.polled, w.block.machine
+        if machine.atomics == seen:
+            w.wait(lambda: machine.atomics > seen, "what it polls")
+
+    return run
+
+
 @opcode("trap")
 def trap(program: Program, ins: Instruction) -> Run:
     def run(w: Warp) -> None:
@@ -202,6 +217,13 @@ def trap(program: Program, ins: Instruction) -> Run:
 LOAD = re.compile(r"\dd\.shared::\w+\.global(\.tile)?\.mbarrier::complete_tx::bytes(\.L2::cache_hint)?")
 STORE = re.compile(r"\dd\.global\.shared::cta(\.tile)?\.bulk_group")
 REDUCTION = re.compile(r"\dd\.global\.shared::cta\.add(\.tile)?\.bulk_group")
+
+
+def _copier(w: Warp) -> int:
+    """The lane that issues a copy, which must be ordered after what its warp has learned from global memory."""
+    if w.unfenced:
+        raise ProxyFenceError("a copy after an acquire without a proxy fence of all memory")
+    return w.lane("a copy")
 
 
 def _coordinates(program: Program, operand: Operand, rank: str) -> list[int]:
@@ -232,7 +254,7 @@ def tensor_load(program: Program, ins: Instruction) -> Run:
     coordinates = _coordinates(program, ins.operands[1], ins.parts[4])
 
     def run(w: Warp) -> None:
-        lane = w.lane("a tensor copy")
+        lane = _copier(w)
         address, map_, bar = (int(addresses(w, *each)[0]) for each in (to, tensor, barrier))
         at = [int(w.slots[slot][lane]) for slot in coordinates]
         machine = w.block.machine
@@ -248,12 +270,43 @@ def tensor_store(program: Program, ins: Instruction, kind: type[Store], rank: st
     coordinates = _coordinates(program, ins.operands[0], rank)
 
     def run(w: Warp) -> None:
-        lane = w.lane("a tensor copy")
+        lane = _copier(w)
         map_, address = (int(addresses(w, *each)[0]) for each in (tensor, source))
         at = [int(w.slots[slot][lane]) for slot in coordinates]
         machine = w.block.machine
         store = kind(w, machine.tensor(map_), at, address)
         machine.under_way.append(store)
+        w.stores.setdefault(lane, StoreGroups()).add(store)
+
+    return run
+
+
+@opcode("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes")
+def line_load(program: Program, ins: Instruction) -> Run:
+    to, source, barrier = (pointer(program, ins.operands[i]) for i in (0, 1, 3))
+    count = program.slot(ins.operands[2], np.uint32)
+
+    def run(w: Warp) -> None:
+        lane = _copier(w)
+        address, start, bar = (int(addresses(w, *each)[0]) for each in (to, source, barrier))
+        machine = w.block.machine
+        where = w.block.shared.barrier(w, bar, asynchronous=machine.rules.barrier_fences)
+        machine.under_way.append(Load(w, Line(start, int(w.slots[count][lane])), (), address, where))
+        w.note("load", [bar])
+
+    return run
+
+
+@opcode("cp.async.bulk.global.shared::cta.bulk_group")
+def line_store(program: Program, ins: Instruction) -> Run:
+    to, source = (pointer(program, operand) for operand in ins.operands[:2])
+    count = program.slot(ins.operands[2], np.uint32)
+
+    def run(w: Warp) -> None:
+        lane = _copier(w)
+        start, address = (int(addresses(w, *each)[0]) for each in (to, source))
+        store = Store(w, Line(start, int(w.slots[count][lane])), (), address)
+        w.block.machine.under_way.append(store)
         w.stores.setdefault(lane, StoreGroups()).add(store)
 
     return run
@@ -276,7 +329,7 @@ def wait_stores(program: Program, ins: Instruction) -> Run:
         groups = [w.stores[lane] for lane in np.flatnonzero(w.mask).tolist() if lane in w.stores]
         if all(group.complete(allowed, only_read) for group in groups):
             for group in groups:
-                group.observe(w, allowed)
+                group.observe(w, allowed, only_read)
         else:
             w.wait(lambda: all(group.complete(allowed, only_read) for group in groups), "its tensor stores")
 

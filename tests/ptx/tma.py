@@ -1,4 +1,4 @@
-"""The tensor copy engine: boxes of tensors in global memory to and from shared memory, whenever it likes."""
+"""The copy engine: boxes of tensors, or lines, in global memory to and from shared memory, whenever it likes."""
 
 from __future__ import annotations
 
@@ -66,13 +66,36 @@ class TensorMap:
         return address.reshape(-1), inside.reshape(-1)
 
 
+@dataclass(frozen=True)
+class Line:
+    """``bytes`` bytes side by side in global memory: what a bulk copy without a tensor map copies.
+
+    Raises:
+        DescriptorError: not multiples of 16 bytes.
+    """
+
+    address: int
+    bytes: int
+    span: int = 0
+    size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.address % 16 or self.bytes % 16 or self.bytes <= 0:
+            raise DescriptorError(f"{self}: an address, or bytes, that are no multiple of 16")
+
+    def elements(self, coordinates: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As those of a tensor: addresses, all of them inside."""
+        addresses = self.address + np.arange(0, self.bytes, self.size, dtype=np.int64)
+        return addresses, np.ones(len(addresses), np.bool_)
+
+
 class Copy:
     """One copy under way. :meth:`advance` does its next part; ``read`` and ``finished`` say what is done."""
 
-    def __init__(self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int) -> None:
+    def __init__(self, warp: Warp, tensor: TensorMap | Line, coordinates: Sequence[int], address: int) -> None:
         self.shared, self.memory = warp.block.shared, warp.block.machine.memory
         self.addresses, self.inside = tensor.elements(coordinates)
-        if address % 128:
+        if address % (128 if isinstance(tensor, TensorMap) else 16):
             raise DescriptorError(f"a copy to or from {address:#x}, which is not aligned")
         self.size, self.type = tensor.size, {1: np.uint8, 2: np.uint16, 4: np.uint32}[tensor.size]
         places = swizzle(address + self.size * np.arange(len(self.addresses), dtype=np.int64), tensor.span)
@@ -94,7 +117,7 @@ class Load(Copy):
     """To shared memory; a barrier counts the bytes."""
 
     def __init__(
-        self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int, barrier: MBarrier
+        self, warp: Warp, tensor: TensorMap | Line, coordinates: Sequence[int], address: int, barrier: MBarrier
     ) -> None:
         super().__init__(warp, tensor, coordinates, address)
         self.barrier = barrier
@@ -113,7 +136,7 @@ class Load(Copy):
 class Store(Copy):
     """From shared memory: reads it some time, and writes what is inside of the tensor later."""
 
-    def __init__(self, warp: Warp, tensor: TensorMap, coordinates: Sequence[int], address: int) -> None:
+    def __init__(self, warp: Warp, tensor: TensorMap | Line, coordinates: Sequence[int], address: int) -> None:
         super().__init__(warp, tensor, coordinates, address)
         self.shared.begin_async_read(warp, self.words, "store")
         self._data = np.zeros(0, self.type)
@@ -151,6 +174,7 @@ class StoreGroups:
         self.open: list[Store] = []
         self.groups: list[list[Store]] = []
         self._unread: list[Store] = []
+        self._waited = 0
 
     def add(self, store: Store) -> None:
         self.open.append(store)
@@ -165,12 +189,19 @@ class StoreGroups:
         old = self.groups[: len(self.groups) - allowed]
         return all(store.read if only_read else store.finished for group in old for store in group)
 
-    def observe(self, warp: Warp, allowed: int) -> None:
+    def observe(self, warp: Warp, allowed: int, only_read: bool) -> None:
         """The thread has waited: memory that these groups read may be written again."""
+        if not only_read:
+            self._waited = max(self._waited, len(self.groups) - allowed)
         old = [store for group in self.groups[: len(self.groups) - allowed] for store in group]
         for store in [store for store in self._unread if any(store is other for other in old)]:
             self._unread.remove(store)
             store.shared.end_async_reads(warp, [store.words])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there are copies of which the thread does not know that they are done."""
+        return bool(self.open) or self._waited < len(self.groups)
 
     @property
     def unread(self) -> int:

@@ -62,6 +62,8 @@ class Warp:
         self.history: list[list[Event]] = [[] for _ in range(LANES)]
         self.arrived: int | None = None
         self.stores: dict[int, StoreGroups] = {}
+        self.polled, self.unfenced = 0, False
+        """How many atomics of the machine there had been when it last polled global memory; no proxy fence since."""
         self.mma = block.new_mma_queue(self)
         self.clock = block.shared.new_clock(index)
         self.tensor = Order(block.shared.readers, index, block.machine.rules.tensor_fences)
