@@ -36,12 +36,18 @@ def pass_shapes(problem: Problem, kind: str) -> tuple[BackwardConfig, KernelTile
         sides[sides.index(max(sides))] //= 2
     while math.prod(sides) <= 32:
         sides[sides.index(max(sides))] *= 2
-    rows = 1 if config.head_dim == 128 else config.query_stages  # as much as fits
-    return replace(config, keys=64, query_stages=rows), replace(tiles, kv_tile=tuple(sides), kv_slots=64)
+    # As many slots as fit, and as many as sums need that are rounded there at the end.
+    rows, stages = (1, 3) if config.head_dim == 128 else (config.query_stages, config.key_stages)
+    return replace(config, keys=64, query_stages=rows, key_stages=stages), replace(
+        tiles, kv_tile=tuple(sides), kv_slots=64
+    )
 
 
 def check_pass(problem: Problem, kind: str, seed: int, **options: Any) -> None:
-    """Runs one pass of a problem, of :data:`PASSES`, and compares its gradients with float64."""
+    """Runs one pass of a problem, of :data:`PASSES`, and compares its gradients with float64.
+
+    ``options`` are those of :func:`ptx.backward.run`.
+    """
     if kind == "fused":  # 64 columns are the least that it is written for
         problem = problem._replace(config=replace(problem.config, head_dim=max(64, problem.config.head_dim)))
     q, k, v = problem.tensors()

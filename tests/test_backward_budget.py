@@ -11,7 +11,8 @@ from machine_code import disassembler, kinds, needs_nvrtc, opcodes
 from gna_flex.cuda import jit
 from gna_flex.cuda.backward import OPERANDS, BackwardConfig, backward_parameters, default_config
 from gna_flex.cuda.config import SHARED_LIMIT
-from gna_flex.cuda.rows import RoundParams, StatisticsParams
+from gna_flex.cuda.rows import StatisticsParams
+from gna_flex.cuda.sums import SumsParams
 from gna_flex.cuda.tables import ROWS
 
 needs_nvrtc()
@@ -55,8 +56,10 @@ def built(config: BackwardConfig) -> jit.Cubin:
     facts = {"kSharedBytes": config.shared_bytes, "sizeof(BackwardParams)": ctypes.sizeof(params)}
     operands = len(OPERANDS) + config.fused
     facts["sizeof(BackwardMaps)"] = 128 * operands * (config.map_sets + 2 * config.text)
-    for field in ("statistics", "rows2", "dq", "scale", "items", "o"):
+    for field in ("statistics", "rows2", "dq", "scale", "sums", "items", "o"):
         facts[f"__INTADDR__(&(((BackwardParams*)0)->{field}))"] = getattr(params, field).offset
+    for field, *_ in SumsParams._fields_:
+        facts[f"__INTADDR__(&(((Sums*)0)->{field}))"] = getattr(SumsParams, field).offset
     checks = "\n".join(f'static_assert({fact} == {value}, "Python has {value}");' for fact, value in facts.items())
     source = f"{config.source()}\n{checks}\n"
     return jit.compile(source, defines=config.defines(), name="hopper_backward.cu", include=config.include())
@@ -87,21 +90,19 @@ def test_instructions(config: BackwardConfig, tmp_path: Path) -> None:
     assert found["UTMALDG"] > 0
     assert found["UTMASTG"] > 0
     assert (found["UTMAREDG"] > 0) == config.fused
+    assert (found["UBLKCP"] > 0) == config.fused  # copies of lines of sums
     products = [i for i, line in enumerate(lines) if "HGMMA" in line]
     spills = [i for i, line in enumerate(lines) if line.startswith(("STL", "LDL"))]
     assert not [i for i in spills if products[0] <= i <= products[-1]]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "params"), [("statistics", "Statistics", StatisticsParams), ("round", "Rounding", RoundParams)]
-)
-def test_kernels_of_rows(name: str, kind: str, params: type[ctypes.Structure]) -> None:
-    """The small kernels before and after: layout of their parameters, no spills."""
-    source = (jit.source_folder() / "hopper" / f"{name}.cu").read_text()
-    facts = {f"sizeof({kind})": ctypes.sizeof(params)}
-    for field, *_ in params._fields_:
-        facts[f"__INTADDR__(&((({kind}*)0)->{field}))"] = getattr(params, field).offset
+def test_statistics_kernel() -> None:
+    """The small kernel before: layout of its parameters, no spills."""
+    source = (jit.source_folder() / "hopper" / "statistics.cu").read_text()
+    facts = {"sizeof(Statistics)": ctypes.sizeof(StatisticsParams)}
+    for field, *_ in StatisticsParams._fields_:
+        facts[f"__INTADDR__(&(((Statistics*)0)->{field}))"] = getattr(StatisticsParams, field).offset
     checks = "\n".join(f'static_assert({fact} == {value}, "Python has {value}");' for fact, value in facts.items())
     for float16 in (0, 1):
-        code = jit.compile(f"{source}\n{checks}\n", defines={"FLOAT16": float16}, name=f"{name}.cu", include={})
+        code = jit.compile(f"{source}\n{checks}\n", defines={"FLOAT16": float16}, name="statistics.cu", include={})
         assert jit.spills(code.log) == 0

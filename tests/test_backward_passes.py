@@ -15,6 +15,7 @@ from gna_flex.cuda import backward as cuda_backward
 from gna_flex.cuda import rows
 from gna_flex.cuda.backward import default_config
 from gna_flex.cuda.forward import Request
+from gna_flex.cuda.sums import Ring, Sums
 
 KEEP = torch.from_numpy(dense_mask(GNA((4, 6), (3, 2))))
 
@@ -27,13 +28,16 @@ class DensePass:
     def __init__(self, request: Request, rows_are_keys: bool, fused: bool = False) -> None:
         self.config = default_config(request.head_dim, rows_are_keys, fused)
 
+    def ring(self, query: Tensor, key: Tensor) -> Ring:
+        return Ring(key.shape[0] * key.shape[1], 2, 1, 32)
+
     def launch(
         self,
         tensors: tuple[Tensor, ...],
         statistics: Tensor,
         scale: float,
         text_valid: Tensor | None,
-        sums: Tensor | None = None,
+        sums: Sums | None = None,
     ) -> None:
         if self.config.rows_are_keys:
             key, value, query, grad, *to = tensors
@@ -42,7 +46,8 @@ class DensePass:
         of_query, *of_others = dense_gradients(query, key, value, grad, KEEP, scale)[:3]
         assert (sums is not None) == self.config.fused
         if sums is not None:
-            sums += of_query
+            assert not sums.sums.any()
+            sums.to.copy_(of_query)
         for x, found in zip(to, of_others if self.config.rows_are_keys else (of_query, of_query), strict=True):
             x.copy_(found)
         self.taken.append("fused" if sums is not None else "keys" if self.config.rows_are_keys else "queries")
@@ -75,7 +80,6 @@ def test_passes(
     monkeypatch.setattr(DensePass, "taken", [])
     monkeypatch.setattr(cuda_backward, "pass_for", DensePass)
     monkeypatch.setattr(rows, "statistics", lambda out, *rest: out.new_empty(0))
-    monkeypatch.setattr(rows, "round_sums", lambda sums, to: to.copy_(sums))
     q, k, v, grad = (torch.randn(2, heads, 24, 128).bfloat16() for heads in (4, 2, 2, 4))
     wanted = dense_gradients(q, k, v, grad, KEEP, 0.1)[:3]
     call = ((GNA((4, 6), (3, 2)),), q, k, v, grad, grad[..., 0].float(), grad, None, 0.1)

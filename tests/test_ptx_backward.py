@@ -13,11 +13,12 @@ from machine_code import needs_nvrtc
 needs_nvrtc()
 
 from backward_problems import PASSES, PROBLEMS, check_pass  # noqa: E402
-from kernel_problems import Problem  # noqa: E402
+from kernel_problems import TWO, Problem  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.kernel import Config  # noqa: E402
+from gna_flex.cuda.sums import Ring  # noqa: E402
 from gna_flex.cuda.tables import KernelTiles  # noqa: E402
 
 
@@ -29,6 +30,35 @@ def test_gradients_equal_float64(name: str, kind: str, seed: int) -> None:
     if kind == "fused" and problem.config.head_dim == 96:
         pytest.skip("no fused pass is written for head dim 96")
     check_pass(problem, kind, seed)
+
+
+LINE = KernelTiles((1, 1, 64), 2, 2, (1, 1, 32), 32)
+WINDOW = GNA((8, 16), (5, 9))
+RINGS = {
+    "a place less than groups": (Problem(WINDOW, Config(64, 32), TWO, heads=4, key_heads=4, blocks=2), (4, 3, 1, 32)),
+    "one place": (Problem(WINDOW, Config(64, 32), TWO, heads=3, key_heads=3, blocks=3), (3, 1, 1, 64)),
+    "two places, two that round": (
+        Problem(WINDOW, Config(64, 32), TWO, batch=2, heads=3, key_heads=3, blocks=4),
+        (6, 2, 2, 32),
+    ),
+    "grouped heads": (Problem(WINDOW, Config(64, 32), TWO, heads=8, key_heads=4, blocks=3), (4, 2, 1, 64)),
+    "more rows than copies": (
+        Problem(GNA(300, 40), Config(64, 32), LINE, heads=2, key_heads=2, blocks=2),
+        (2, 1, 1, 256),
+    ),
+    "room for all, and one that rounds": (
+        Problem(GNA((8, 16), (5, 9), text_first=5), Config(64, 32), TWO, heads=4, key_heads=2, blocks=2),
+        (2, 2, 1, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(int(os.getenv("PTX_SEEDS", "1"))))
+@pytest.mark.parametrize("name", RINGS)
+def test_sums_in_a_ring(name: str, seed: int) -> None:
+    """Fewer places for sums than there are groups: some CTAs round, and others wait for them."""
+    problem, ring = RINGS[name]
+    check_pass(problem, "fused", seed, ring=Ring(*ring))
 
 
 class Opposites(Problem):

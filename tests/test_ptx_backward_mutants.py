@@ -12,7 +12,7 @@ than there cannot matter:
 - For its last gradients of queries a fused pass has registers that only products write: that fence is for the compiler.
 - At the start of an item of a fused pass its consumers wait for the thread that stores results; it comes to the
   exchange of gradients of scores later, for which they wait, too.
-- At the end all sums, and results but those of a fused pass, have been read: that wait is for what is written only.
+- At the end results, but those of a fused pass, have been read: that wait is for what is written only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from machine_code import needs_nvrtc
 needs_nvrtc()
 
 from backward_problems import PASSES, check_pass, pass_shapes  # noqa: E402
-from kernel_mutants import ALL, ENDLESS, Mutation  # noqa: E402
+from kernel_mutants import ALL, ENDLESS, Change, Mutation, more  # noqa: E402
 from kernel_problems import TWO, Problem  # noqa: E402
 from ptx.backward import HostPass  # noqa: E402
 from ptx.launch import ptx  # noqa: E402
@@ -35,6 +35,7 @@ from test_ptx_mutants import CHANGES, QUICK, cannot_matter  # noqa: E402
 
 from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.kernel import Config  # noqa: E402
+from gna_flex.cuda.sums import Ring  # noqa: E402
 from gna_flex.cuda.tables import KernelTiles  # noqa: E402
 
 CONFIG = Config(64, 32, query_stages=1)
@@ -46,13 +47,28 @@ BARRIERS = (
 )
 """Barriers in the order in which the kernel has them, but for those of fused passes."""
 PROBLEM = Problem(GNA((8, 16), (5, 9)), CONFIG, TWO, heads=2, key_heads=2)
+MANY = PROBLEM._replace(heads=6, key_heads=6)
 RUNS = (
     (PROBLEM, 0),
     (Problem(GNA((8, 16), (8, 16)), CONFIG, KernelTiles((1, 8, 8), 2, 2, (1, 4, 8), 32), heads=2, key_heads=1), 0),
     (Problem(GNA((9, 9), (5, 4)), CONFIG, KernelTiles((1, 5, 7), 2, 2, (1, 4, 7), 32)), 0),
-    *((PROBLEM._replace(heads=6, key_heads=6), seed) for seed in range(3)),
+    *((MANY, seed) for seed in range(3)),
 )
 """With masks, with all rows but no masks and with grouped heads, with empty rows, with many items."""
+LONG = Problem(GNA(300, 40), CONFIG, KernelTiles((1, 1, 64), 2, 2, (1, 1, 32), 32), heads=2, key_heads=2, blocks=2)
+RINGS = {MANY._replace(blocks=4): Ring(6, 1, 1, 64), LONG: Ring(2, 1, 1, 256)}
+"""Problems of fused passes in which items wait for CTAs that round, and how these keep sums."""
+ACQUIRE = r"ld\.acquire\.gpu\.global\.s32 (%\w+), \[\S+\];"
+OF_SUMS: dict[str, Change] = {
+    "no acquire": (ACQUIRE, r"mov.s32 \1, 1000000;", 1),
+    "no release": (r"red\.release[^;]*;", "", 1),
+    "no fence of all memory": (r"fence\.proxy\.async;", "", 1),
+    "no load of sums": (r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier[^;]*;", "", 1),
+    "no zeros": (r"cp\.async\.bulk\.global\.shared::cta\.bulk_group[^;]*;", "", 1),
+    "other bytes": (r"(cp\.async\.bulk\.\S+ \[\S+\], \[\S+\], )(%\w+)((?:, \[\S+\])?;)", more(-16), 1),
+    "no exchange": (r"shfl\.sync\.bfly[^;]*;", "", 3),
+}
+"""Changes of what only fused passes have."""
 
 
 @dataclass
@@ -68,7 +84,8 @@ class PassMutation(Mutation):
         return ptx(HostPass((problem.gna,), config, tiles, config.head_dim, False).config)
 
     def run(self, problem: Problem, seed: int, mutant: str) -> None:
-        check_pass(problem, self.kind, seed, change=lambda _: mutant, most=ENDLESS)
+        ring = RINGS.get(problem) if self.kind == "fused" else None
+        check_pass(problem, self.kind, seed, change=lambda _: mutant, most=ENDLESS, ring=ring)
 
 
 def place(text: str, register: str) -> int:
@@ -114,6 +131,8 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
 
 NAMES = [name for name in CHANGES if name != "no shuffle"]  # it has none
 MUTATIONS = {kind: PassMutation(RUNS, CHANGES, cannot_matter_here, kind=kind) for kind in PASSES}
+RING_RUNS = tuple((problem, seed) for seed in range(3) for problem in RINGS)
+MUTATIONS["fused"] = PassMutation((*RING_RUNS, *RUNS), CHANGES | OF_SUMS, cannot_matter_here, kind="fused")
 
 
 @pytest.mark.slow
@@ -121,3 +140,14 @@ MUTATIONS = {kind: PassMutation(RUNS, CHANGES, cannot_matter_here, kind=kind) fo
 @pytest.mark.parametrize("name", NAMES if ALL else QUICK)
 def test_mutants_are_caught(name: str, kind: str) -> None:
     assert MUTATIONS[kind].survivors(name) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_SUMS)
+def test_changes_of_sums_are_caught(name: str) -> None:
+    assert MUTATIONS["fused"].survivors(name) == []
+
+
+@pytest.mark.slow
+def test_nothing_is_caught_where_nothing_is_wrong() -> None:
+    assert MUTATIONS["fused"].caught(MUTATIONS["fused"].text) == ""

@@ -60,6 +60,16 @@ __device__ __forceinline__ void tensor_add(const TensorMap* map, u32 from, int c
                ::"l"(map), "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
+// Copies of bytes that lie side by side, in multiples of 16.
+__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void bulk_store(void* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void stores_begin() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
@@ -68,6 +78,26 @@ __device__ __forceinline__ void stores_done() { asm volatile("cp.async.bulk.wait
 
 // Makes plain writes to shared memory visible to tensor copies and matrix multiplications.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Orders copies after what a thread has read, or learned from a counter.
+__device__ __forceinline__ void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// ---- counters in global memory: what came before an addition comes before what follows a wait
+
+__device__ __forceinline__ void add_release(int* to, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(const int* counter, int count) {
+  for (u32 polls = 0, found = 0;; polls++) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    if ((int)found >= count) return;
+#if BOUNDED_WAITS
+    if (polls > BOUNDED_WAITS) asm volatile("trap;");
+#endif
+    asm volatile("nanosleep.u32 64;");
+  }
+}
 
 // ---- registers of a warpgroup
 

@@ -71,12 +71,23 @@ struct Maps {
   TensorMap q[MAP_SETS + 2 * TEXT], k[MAP_SETS + 2 * TEXT], v[MAP_SETS + 2 * TEXT], o[MAP_SETS + 2 * TEXT];
 };
 
+// Sums of the queries' gradients, in a fused backward; see hopper/sums.cuh.
+struct Sums {
+  float4* ring;          // [places, heads of a group, tokens, columns / 4]
+  void* to;              // the gradients: 16-bit floats
+  long long strides[3];  // elements from one batch entry, head, token of `to` to the next
+  int* counters;         // slices that are taken; for each group: items that are done, slices that are rounded
+  int places, groups, slices, slice_rows, head_dim;  // slices of a head
+  int rounders;          // CTAs that do nothing else
+};
+
 // The passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the
 // other way round. `q` leads to rows1 and the gradients, `k` and `v` to what streams by.
 struct BackwardParams : Params {
   const float2* statistics;  // [batch, heads of queries, tokens]: log-sum-exp in base 2, and delta
   Address rows2, dq;
   float scale;
+  Sums sums;
 };
 
 struct BackwardMaps {

@@ -20,6 +20,7 @@
 #define kKeys KEYS
 #include "hopper/masks.cuh"
 #include "hopper/products.cuh"
+#include "hopper/sums.cuh"
 
 constexpr bool kRowsAreKeys = ROWS_ARE_KEYS, kFused = FUSED;
 constexpr int kStages = KEY_STAGES, kRowStages = QUERY_STAGES;
@@ -43,7 +44,9 @@ constexpr u32 kRows1 = 0, kRows2 = kRows1 + kRowStages * kQueryBytes, kRing = kR
               kStatistics = kWindows + kConsumers * kRows * 3 * sizeof(int2),
               kWork = kStatistics + kRowsAreKeys * kStages * kKeys * sizeof(float2), kBoxes = kWork + kRecords * sizeof(Work),
               kBarriers = kBoxes + kStages * sizeof(KeyBox),
-              kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages + 1 + kConsumers + (2 + 2 * kConsumers) * kFused);
+              kSumsFull = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages + 1 + kConsumers + (2 + 2 * kConsumers) * kFused),
+              kSharedBytes = kSumsFull + 8 * kRoundStages * kConsumers * kFused;
+static_assert(!kFused || kRoundShared <= kTable, "what is rounded at the end lies where rows, boxes and dQ were");
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
 
 // Boxes that an item meets: those of one head of queries after the other where rows are keys.
@@ -105,6 +108,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     if (kFused) {
       barrier_init(ds_full, 4 * kConsumers), barrier_init(ds_empty, 4 * kConsumers);
       for (int i = 0; i < kConsumers; i++) barrier_init(dq_full + 8 * i, 4), barrier_init(dq_empty + 8 * i, 1);
+      for (int i = 0; i < kConsumers * kRoundStages; i++) barrier_init(base + kSumsFull + 8 * i, 1);
     }
     barrier_init_done();
   }
@@ -119,7 +123,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     give_registers<kProducerRegisters>();
     if (warp == 0 && lane == 0) {  // items and their rows
       Stage R{0, 1}, X{0, 1}, F{0, 0};
-      for (int w = blockIdx.x;; R.next(kRecords), X.next(kRowStages), F.next(1)) {
+      const int rounders = kFused ? P.sums.rounders : 0;  // the first CTAs, as others wait for them
+      for (int w = (int)blockIdx.x < rounders ? P.total : blockIdx.x - rounders;; R.next(kRecords), X.next(kRowStages), F.next(1)) {
         barrier_wait(r_empty + 8 * R.index, R.phase);
         Work& W = work[R.index];
         if (w >= P.total) {
@@ -130,7 +135,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         const Queries queries = describe<kRowsAreKeys>(W, P, w, box_keys);
         const int lengths = W.lengths;
 #if FUSED
-        W.dq_column = first_column(P.dq, 0, queries.item.group), W.dq_place = W.key_head * P.dq.head_place + queries.batch * P.dq.batch_place;
+        W.dq_column = first_column(P.dq, 0, queries.item.group), W.dq_place = W.head % P.sums.places * P.queries_per_key_head * P.dq.head_place;
 #endif
         barrier_arrive(r_full + 8 * R.index);
 
@@ -139,7 +144,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows1 + X.index * kQueryBytes, full, maps.rows1, P.q, queries, lengths, P);
         load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows2 + X.index * kQueryBytes, full, maps.rows2, P.rows2, queries, lengths, P);
         barrier_wait(few_left, F.phase);
-        w = atomicAdd(P.counters, 1) + gridDim.x;
+        w = atomicAdd(P.counters, 1) + gridDim.x - rounders;
       }
       // The last CTA to get here resets the counters for the next launch: nobody fetches items any more.
       if (atomicAdd(P.counters + 1, 1) == gridDim.x - 1) P.counters[0] = P.counters[1] = 0;
@@ -199,7 +204,12 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #if FUSED
     if (warp == 3 && lane == 0) {  // sums of queries' gradients
       u32 phase = 0;
+      int left = 0;
       walk([&](const Work& W, const KeyWalk& at, int h, const Stage&) {
+        if (left == 0) {
+          left = W.boxes * inner_heads(P);
+          await_place(P, W.head);
+        }
         const int column = at.is_text() ? 0 : W.dq_column;
         for (int half = kConsumers - 1; half >= 0; half--) {  // consumer 0 comes later
           barrier_wait(dq_full + 8 * half, phase);
@@ -210,8 +220,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
           barrier_arrive(dq_empty + 8 * half);
         }
         phase ^= 1;
+        if (--left == 0) count_up(items_done(P.sums, W.head));
       });
-      stores_done();
     }
 #endif
     return;
@@ -361,7 +371,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     }
   };
   // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Of these, pieces 2 q and 2 q + 1 are
-  // what thread q of four holds, so that no bank is met twice; round.cu puts columns in order.
+  // what thread q of four holds, so that no bank is met twice; sums.cuh puts columns in order.
   auto hand_over = [&](const float (&dq)[kHeadDim / 4], u32 odd) {
     const u32 to = base + kQueryGrads + consumer * kQueryGradBytes + row_of(0) * 128 + (2 * lane_class ^ lane / 4) * 16;
     barrier_wait(dq_empty + 8 * consumer, odd ^ 1);
@@ -503,4 +513,5 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #endif
   }
   if (threadIdx.x % 128 == 0) stores_done();
+  if (kFused) round_sums<kTable, kSumsFull>(P, shared);
 }

@@ -34,7 +34,8 @@ from gna_flex.cuda.forward import (
 )
 from gna_flex.cuda.kernel import Config, multiply_shared
 from gna_flex.cuda.shapes import choose
-from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed
+from gna_flex.cuda.sums import ROUND_STAGES, Ring, Sums, SumsParams
+from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed, count
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
 
@@ -74,7 +75,7 @@ class BackwardConfig(Config):
         tables += 8 * self.keys * self.key_stages * self.rows_are_keys + 2 * 128 + 16 * self.key_stages
         shared = (2 * 3 * ROWS * self.keys + 4 * self.keys * self.head_dim) * self.fused
         barriers = 2 * 2 + 2 * self.query_stages + 2 * self.key_stages + 1 + self.consumers
-        barriers += (2 + 2 * self.consumers) * self.fused
+        barriers += (2 + (2 + ROUND_STAGES) * self.consumers) * self.fused
         return (slots + ring) * self.head_dim * 2 + shared + tables + 8 * barriers
 
     def defines(self) -> dict[str, int]:
@@ -105,7 +106,13 @@ def backward_parameters(map_sets: int) -> type[ctypes.Structure]:
     """``BackwardParams`` of ``csrc/common/records.cuh``."""
 
     class BackwardParams(parameters(map_sets)):  # type: ignore[misc]
-        _fields_ = (("statistics", ctypes.c_void_p), ("rows2", Address), ("dq", Address), ("scale", ctypes.c_float))
+        _fields_ = (
+            ("statistics", ctypes.c_void_p),
+            ("rows2", Address),
+            ("dq", Address),
+            ("scale", ctypes.c_float),
+            ("sums", SumsParams),
+        )
 
     return BackwardParams
 
@@ -135,14 +142,15 @@ class Pass(Plan):
         statistics: Tensor,
         scale: float,
         text_valid: Tensor | None,
-        sums: Tensor | None = None,
+        sums: Sums | None = None,
     ) -> None:
         """Launches the pass on the current stream; see :meth:`pass_arguments`."""
         index = self.request.device
         stream, capturing = current_stream(index), torch.cuda.is_current_stream_capturing()
         valid = 0 if text_valid is None else text_valid.data_ptr()
         layouts = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
-        call = (*layouts, statistics.data_ptr(), scale, stream, valid, 0 if sums is None else sums.data_ptr())
+        of_sums = None if sums is None else (sums.ring, sums.sums.data_ptr(), sums.to.data_ptr(), sums.to.stride())
+        call = (*layouts, statistics.data_ptr(), scale, stream, valid, of_sums)
         arguments = None if capturing else self._known.get(call)
         if arguments is None:
             counters = launch_counters(self, stream, capturing)
@@ -153,6 +161,18 @@ class Pass(Plan):
         block, shared = (self.config.threads, 1, 1), self.config.shared_bytes
         driver.launch(self.kernel, grid, block, shared, stream, arguments, index)
 
+    @functools.cached_property
+    def boxes(self) -> int:
+        """Boxes that the items of a head visit, for one head of what streams by."""
+        gnas = set(self.request.gnas)
+        return sum(count(gna, self.tiles).boxes for gna in gnas) // len(gnas)
+
+    def ring(self, query: Tensor, key: Tensor) -> Ring:
+        """How a fused pass keeps the sums of a query's gradients."""
+        (batch, heads, tokens, _), key_heads = query.shape, key.shape[1]
+        items, whole = self.params.items_per_head, any(self.text)
+        return Ring.of(batch * key_heads, heads // key_heads, tokens, items, self.boxes, self.processors, whole)
+
     def pass_arguments(
         self,
         tensors: Sequence[Tensor],
@@ -160,12 +180,12 @@ class Pass(Plan):
         counters: Tensor,
         scale: float,
         text_valid: Tensor | None,
-        sums: Tensor | None = None,
+        sums: Sums | None = None,
     ) -> driver.Arguments:
         """Tensor maps and parameters of a launch with these tensors, in the order of :data:`OPERANDS`.
 
         ``statistics``: float32 ``[B, H, S, 2]`` of all queries. Both results have the same strides. ``sums``: of the
-        queries' gradients, float32 ``[B, H, S, D]``, contiguous, for a fused pass.
+        queries' gradients, for a fused pass.
         """
         outer, inner = tensors[0], tensors[2]
         sets = self.config.map_sets + 2 * self.config.text
@@ -176,7 +196,8 @@ class Pass(Plan):
             setattr(params, places[name], self._encode(maps, operand * sets, x, is_keys=name.startswith("inner")))
         params.counters, params.statistics = counters.data_ptr(), statistics.data_ptr()
         if sums is not None:
-            params.dq = self._encode(maps, len(OPERANDS) * sets, sums, is_keys=True)
+            params.dq = self._encode(maps, len(OPERANDS) * sets, sums.sums, is_keys=True)
+            params.sums = sums.params
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale, params.scale_log2 = scale, (scale if scale else SMALLEST_SCALE) * LOG2_E
         params.total = small("work items", params.items_per_head * outer.shape[0] * outer.shape[1])
@@ -242,14 +263,12 @@ def backward(
     sums = None
     if fused:
         try:
-            sums = torch.zeros(*q.shape[:3], of_keys.config.head_dim, dtype=torch.float32, device=device)
+            sums = Sums.zeros(of_keys.ring(q, k), dq, of_keys.config.head_dim)
         except torch.OutOfMemoryError as error:
             log.info("the backward takes two passes, which need less memory than a fused one: %s", error)
             of_keys = pass_for(request, rows_are_keys=True)
     of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid, sums)
-    if sums is not None:
-        rows.round_sums(sums, dq)
-    else:
+    if sums is None:
         pass_for(request, rows_are_keys=False).launch((q, grad, k, v, dq, dq), statistics, scale, text_valid)
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 

@@ -1,4 +1,4 @@
-"""The small kernels around the backward: statistics of the queries before it, rounding of their gradients after it."""
+"""The small kernel before the backward: statistics of the queries."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ THREADS = 256
 """Threads of a CTA."""
 STATISTICS_ROWS = 16
 """Rows of which a CTA computes statistics."""
-COLUMNS = 16
-"""Columns of sums that a thread rounds."""
 
 _Strides = ctypes.c_longlong * 3
 
@@ -31,17 +29,6 @@ class StatisticsParams(ctypes.Structure):
         ("rows", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim")),
         ("scale", ctypes.c_float),
-    )
-
-
-class RoundParams(ctypes.Structure):
-    """``Rounding`` of ``csrc/hopper/round.cu``."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("sums", "to")),
-        ("strides", _Strides),
-        ("rows", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim", "pieces")),
     )
 
 
@@ -76,15 +63,3 @@ def statistics(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, 
     params = StatisticsParams(*pointers, to.data_ptr(), *strides, rows, heads, tokens, head_dim, scale)
     _launch("statistics", out, -(-rows // STATISTICS_ROWS), params)
     return to
-
-
-def round_sums(sums: Tensor, to: Tensor) -> None:
-    """Writes sums, float32 ``[B, H, S, D']``, to ``[B, H, S, D]`` of 16-bit floats, with columns in their order.
-
-    ``D'`` is ``D`` or more, and a multiple of 16; columns of sums are those of ``csrc/hopper/backward.cu``.
-    """
-    batch, heads, tokens, head_dim = to.shape
-    rows, pieces = batch * heads * tokens, sums.shape[-1] // COLUMNS
-    strides = _Strides(*to.stride()[:3])
-    params = RoundParams(sums.data_ptr(), to.data_ptr(), strides, rows, heads, tokens, head_dim, pieces)
-    _launch("round", to, -(-rows * pieces // THREADS), params)

@@ -11,6 +11,7 @@ from torch import Tensor
 from gna_flex import GNA
 from gna_flex.cuda import backward
 from gna_flex.cuda.backward import BackwardConfig, Pass
+from gna_flex.cuda.sums import Ring, Sums
 from gna_flex.cuda.tables import KernelTiles, Transposed
 from ptx.launch import HostPlan, kernel, launch, ptx
 from ptx.machine import Machine
@@ -32,12 +33,13 @@ def run(
     blocks: int = 1,
     scale: float,
     text_valid: Tensor | None = None,
+    ring: Ring | None = None,
     change: Callable[[str], str] | None = None,
     **rules: Any,
 ) -> tuple[Tensor, ...]:
     """Results of one pass, given ``rows1, rows2, inner1, inner2``: of queries, of keys and values, or of all three.
 
-    ``change`` edits the PTX before; ``rules`` are options of the machine.
+    ``ring``: how a fused pass keeps sums. ``change`` edits the PTX before; ``rules`` are options of the machine.
 
     Raises:
         PtxError: a fault of the kernel.
@@ -50,9 +52,11 @@ def run(
     second = torch.full_like(rows, torch.nan) if config.rows_are_keys else first
     arrays = dict(zip(backward.OPERANDS, (*tensors, first), strict=False)) | {"statistics": statistics}
     arrays |= {"out2": second} if config.rows_are_keys else {}
-    inner = tensors[2]
-    sums = torch.zeros(*inner.shape[:3], plan.config.head_dim) if config.fused else None
-    arrays |= {"sums": sums} if sums is not None else {}
+    sums = None
+    if plan.config.fused:
+        of_queries = torch.full_like(tensors[2], torch.nan)
+        sums = Sums.zeros(ring or plan.ring(of_queries, rows), of_queries, plan.config.head_dim)
+        arrays |= {"sums": sums.sums, "of queries": of_queries}
     launch(
         plan,
         lambda counters: plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid, sums),
@@ -62,11 +66,5 @@ def run(
         text_valid=text_valid,
     )
     if sums is not None:
-        return in_order(sums)[..., : inner.shape[-1]].to(inner.dtype), first, second
+        return of_queries, first, second
     return (first, second) if config.rows_are_keys else (first,)
-
-
-def in_order(sums: Tensor) -> Tensor:
-    """Sums with their columns in order, as ``csrc/hopper/round.cu`` has it: of 32, which eight threads' pieces hold."""
-    parts = sums.unflatten(-1, (-1, 4, 2, 2, 2))  # of 32 columns: thread, 16 columns, 8 columns, column
-    return parts.permute(*range(sums.ndim), -3, -2, -4, -1).flatten(sums.ndim - 1)

@@ -1,0 +1,97 @@
+// Sums of the queries' gradients in float32, of a fused backward: who adds to them when, and their rounding to 16 bits.
+//
+// A group is the heads of queries that share a head of keys. Items come group by group; once all items of one have added
+// their share, its sums are rounded, a slice of a head's rows at a time, and zeros take their place. So a ring with room for
+// a few groups is enough, most of which stays in the L2 cache. Consumers round who have no item left, or never had one:
+// while others multiply, which leaves memory idle. All accesses to sums are copies; counters order them.
+#pragma once
+#include "hopper/products.cuh"
+
+constexpr int kRoundRows = 32, kRoundStages = 6;  // rows of a copy, copies under way for each consumer
+constexpr u32 kRoundBytes = kRoundRows * kHeadDim * sizeof(float), kRoundZeros = kConsumers * kRoundStages * kRoundBytes,
+              kRoundShared = kRoundZeros + kRoundBytes;
+
+__device__ __forceinline__ int* items_done(const Sums& S, int group) { return S.counters + 1 + 2 * group; }
+__device__ __forceinline__ int* slices_rounded(const Sums& S, int group) { return S.counters + 2 + 2 * group; }
+
+// Before the first addition of an item: the group that had the place before must be rounded.
+__device__ __forceinline__ void await_place(const BackwardParams& P, int group) {
+  if (group < P.sums.places) return;
+  wait_for(slices_rounded(P.sums, group - P.sums.places), P.sums.slices * P.queries_per_key_head);
+  fence_all();
+}
+
+// Counts one more, once all stores and additions of this thread are done.
+__device__ __forceinline__ void count_up(int* counter) {
+  stores_done();
+  add_release(counter, 1);
+}
+
+// Rounds slices until none is left, in shared memory that nothing else needs any more. kTaken and kFull: where beside it
+// numbers of slices are, and barriers of kRoundStages for each consumer: constants, as registers are short before.
+//
+// A row has 32 columns after the other, in eight pieces of four: pieces 2 q and 2 q + 1 are columns 2 q, 2 q + 1, 2 q + 8 and
+// 2 q + 9 of the first and of the second 16 (backward.cu, hand_over). Threads with neighboring q exchange halves.
+template <u32 kTaken, u32 kFull>
+__device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned char* shared) {
+  constexpr int kPieces = kHeadDim / 4, kRowsApart = 128 / kPieces, kMine = kRoundRows / kRowsApart;
+  const Sums& S = P.sums;
+  const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, piece = thread % kPieces, odd = piece >> 1 & 1;
+  const int column = piece / 8 * 32 + piece % 2 * 16 + odd * 8 + piece / 4 % 2 * 4;
+  const u32 ring = consumer * kRoundStages * kRoundBytes, base = shared_address(shared), full = base + kFull + 8 * kRoundStages * consumer;
+  int* const taken = (int*)(shared + kTaken) + consumer;
+  named_barrier(1 + kConsumers, 128 * kConsumers);  // no consumer has an item any more
+  for (u32 i = threadIdx.x - 128; i < kRoundBytes / 16; i += 128 * kConsumers)
+    ((int4*)(shared + kRoundZeros))[i] = make_int4(0, 0, 0, 0);
+  fence_async();
+  named_barrier(1 + kConsumers, 128 * kConsumers);
+
+  Stage F{0, 0};
+  for (;;) {
+    const int per_group = S.slices * P.queries_per_key_head;
+    if (thread == 0) {
+      const int next = atomicAdd(S.counters, 1), group = next / per_group;
+      if (group < S.groups) {
+        wait_for(items_done(S, group), P.items_per_head);
+        fence_all();
+      }
+      *taken = next;
+    }
+    named_barrier(1 + consumer, 128);
+    const int group = *taken / per_group, of_group = *taken % per_group / S.slices;
+    if (group >= S.groups) break;
+    const int first = *taken % S.slices * S.slice_rows, rows = min(P.tokens - first, S.slice_rows);
+    const int batch = group / P.heads, head = group % P.heads * P.queries_per_key_head + of_group;
+    const bool again = group + S.places < S.groups;  // whether another group gets the place
+    float4* const sums = S.ring + ((long long)(group % S.places * P.queries_per_key_head + of_group) * P.tokens + first) * kPieces;
+    unsigned short* const to = (unsigned short*)S.to + batch * S.strides[0] + head * S.strides[1] + first * S.strides[2] + column;
+    auto bytes = [&](int row) { return min(rows - row, kRoundRows) * kHeadDim * (u32)sizeof(float); };
+    auto load = [&](int row, int stage) {
+      barrier_expect(full + 8 * stage, bytes(row));
+      bulk_load(base + ring + stage * kRoundBytes, sums + (long long)row * kPieces, bytes(row), full + 8 * stage);
+    };
+    if (thread == 0)
+      for (int i = 0; i < kRoundStages && i * kRoundRows < rows; i++) load(i * kRoundRows, (F.index + i) % kRoundStages);
+#pragma unroll 1
+    for (int row = 0; row < rows; row += kRoundRows, F.next(kRoundStages)) {
+      barrier_wait(full + 8 * F.index, F.phase);
+      const float4* from = (const float4*)(shared + ring + F.index * kRoundBytes);
+      float4 x[kMine];
+#pragma unroll
+      for (int i = 0; i < kMine; i++) x[i] = from[thread + 128 * i];
+      named_barrier(1 + consumer, 128);
+      if (thread == 0) {
+        if (again) bulk_store(sums + (long long)row * kPieces, base + kRoundZeros, bytes(row));
+        stores_begin();
+        if (row + kRoundStages * kRoundRows < rows) load(row + kRoundStages * kRoundRows, F.index);
+      }
+#pragma unroll
+      for (int i = 0; i < kMine; i++) {
+        const int at = row + thread / kPieces + kRowsApart * i;
+        const u32 low = pack(x[i].x, x[i].y), high = pack(x[i].z, x[i].w), other = __shfl_xor_sync(~0u, odd ? low : high, 2);
+        if (at < rows && column < S.head_dim) *(uint2*)(to + at * S.strides[2]) = odd ? make_uint2(other, high) : make_uint2(low, other);
+      }
+    }
+    if (thread == 0) count_up(slices_rounded(S, group));
+  }
+}
