@@ -218,6 +218,14 @@ HOPPER = {name: Problem(gnas, *shapes, **rest) for name, (gnas, shapes, _, rest)
     ),
     "one query slot": Problem(GNA((8, 20), (3, 5)), Config(32, 32, query_stages=1), TWO, heads=2),
 }
+ONE_BOX = Problem(
+    GNA(192, 32, stride=32),
+    Config(64, 32, holds_queries=True, query_stages=1),
+    KernelTiles((1, 1, 32), 2, 1, (1, 1, 32), 32),
+    heads=2,
+    key_heads=2,
+)
+"""Items with one key box, and queries in registers: nothing but barriers of queries orders one item after another."""
 BLACKWELL = {name: Problem(gnas, *shapes, **rest) for name, (gnas, _, shapes, rest) in FEATURES.items()} | {
     **{
         f"head dim {head_dim}, {keys} keys": Problem(

@@ -36,12 +36,15 @@ CONFIGS = [
     *(replace(config, float16=True) for config in DEFAULTS),
     *(fitting(Config(128, keys=keys)) for keys in (112, 144, 160)),
     *(fitting(Config(128, keys=keys, dilated=True, text=True, map_sets=3)) for keys in (96, 160)),
+    Config(128, 112, holds_queries=True),
+    Config(128, 128, holds_queries=True, query_stages=1, key_stages=3),
+    Config(64, 96, holds_queries=True, consumers=3, query_stages=1, key_stages=3),
 ]
 
 
 def crowded(config: Config) -> bool:
     """Whether a thread's output, scores and weights leave no registers for much else; never so by default."""
-    return config.head_dim // 2 + config.keys * 3 // 4 > 176
+    return config.head_dim // 2 + config.keys * 3 // 4 > 176  # queries in registers leave enough, as tests show
 
 
 def spill_budget(config: Config) -> int:
@@ -56,6 +59,7 @@ def spill_budget(config: Config) -> int:
 
 def name_of(config: Config) -> str:
     parts = [f"d{config.head_dim}", f"k{config.keys}", *([f"m{config.map_sets}"] if config.dilated else [])]
+    parts += [f"held{config.query_stages}"] if config.holds_queries else []
     return "-".join([*parts, *(["text"] if config.text else []), *(["f16"] if config.float16 else [])])
 
 
@@ -116,6 +120,8 @@ def test_instructions(config, tmp_path):
     assert kinds(names)["USETMAXREG"] == 2
     assert {name for name in names if name.startswith(("UTMALDG", "UTMASTG"))} >= {"UTMALDG.5D", "UTMASTG.5D"}
     assert not kinds(names)["LDGSTS"]
+    # Held queries: of the first item, and of the next one.
+    assert kinds(names)["LDSM"] == 2 * config.head_dim // 16 * config.holds_queries
     # One matrix multiplication for 16 columns of the head dim, and one for 16 keys.
     kind = "" if config.float16 else ".BF16"
     shapes = Counter(names[place] for place in products)

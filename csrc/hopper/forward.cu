@@ -1,14 +1,18 @@
 // Attention forward for Hopper (sm_90a): boxes of queries against boxes of keys, straight from the tokens' own order.
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a key slot), QUERY_STAGES, KEY_STAGES, CONSUMERS
-// (warpgroups of 64 queries), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group lengths), TEXT (whether there
-// may be text), BOUNDED_WAITS (debug).
-// "generated.cuh" has the two matrix multiplications for these sizes: mma_qk(s, q, k, accumulate) and mma_pv(o, p..., v).
+// (warpgroups of 64 queries), HOLDS_QUERIES (in registers), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group
+// lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// "generated.cuh" has the matrix multiplications for these sizes: mma_qk(s, q, k, accumulate), or mma_held(s, q..., k,
+// accumulate) for queries in registers, and mma_pv(o, p..., v).
 //
 // One CTA is a producer warpgroup, of which two threads work, and the consumer warpgroups. Each consumer owns a box of at
 // most 64 queries; all share the key boxes, which may start anywhere. The first producer fetches items from a counter, one
 // ahead, and loads their queries. The second walks the key boxes of an item and sends each with its coordinates and the
 // kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of their rows.
+//
+// With HOLDS_QUERIES products of scores read a third less from shared memory. The next item's queries are taken from their
+// slot while the last values are multiplied, and then the output of this item enters it.
 //
 // Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters of two
 // CTAs that share key boxes by multicast (0 to 3 % slower), turns of the consumers as in backward.cu (no gain), scores of the
@@ -21,6 +25,7 @@
 #include "hopper/products.cuh"
 
 constexpr int kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES;
+constexpr bool kHolds = HOLDS_QUERIES;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
 // Registers of a thread: 512 for the same thread of four warpgroups, 504 of three. The producer may spill, consumers must not;
 // 232 beat 224 by 1 to 2 % at head dim 128 and lost 5 % at 64.
@@ -58,8 +63,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_init_done();
   }
   fill_mask_table(table, P.keys);
-  if (box_keys < kKeys) {  // rows that no box ever fills: a weight of zero must not meet a NaN there
-    for (u32 i = kKeysAt / 16 + threadIdx.x; i < kTable / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
+  // Rows that no box ever fills: a weight of zero must not meet a NaN there, and held queries are read whatever they are.
+  if (kHolds || box_keys < kKeys) {
+    const u32 begin = kHolds ? kQueries : kKeysAt, end = kHolds && box_keys == kKeys ? kKeysAt : kTable;
+    for (u32 i = begin / 16 + threadIdx.x; i < end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
     fence_async();
   }
   __syncthreads();
@@ -76,6 +83,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         if (w >= P.total) {
           W.boxes = 0;
           barrier_arrive(r_full + 8 * R.index);
+          if (kHolds) {  // the last output enters the slot of queries that do not come
+            barrier_wait(q_empty + 8 * Q.index, Q.phase);
+            barrier_arrive(q_full + 8 * Q.index);
+          }
           break;
         }
         const Queries queries = describe(W, P, w, box_keys);
@@ -161,6 +172,20 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     }
   };
   auto query_rows = [&] { return base + kQueries + Q.index * kQueryBytes + consumer * kRows * kRowBytes; };
+  // Where this lane's row of 8 of the columns [16 i, 16 i + 16) is, as matrices are moved between the slot and registers.
+  auto matrix_row = [&](u32 q_rows, int i) {
+    const int row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
+    const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+    return q_rows + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16;
+  };
+  u32 held[kHeadDim / 4];  // queries as an operand, with HOLDS_QUERIES
+  auto take_queries = [&] {
+    barrier_wait(q_full + 8 * Q.index, Q.phase);
+    if (kHolds)
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; i++)
+        load_matrices(matrix_row(query_rows(), i), held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]);
+  };
 
   // Begins an item: no output yet, and the windows of this thread's rows.
   auto begin = [&] {
@@ -182,7 +207,9 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_wait(k_full + 8 * K.index, K.phase);
     box = key_boxes[K.index];
     keep(s), mma_fence();
-    scores(s, q_rows, base + kKeysAt + K.index * kKeyBytes);
+    const u32 keys = base + kKeysAt + K.index * kKeyBytes;
+    if (kHolds) scores(s, held, keys);
+    else scores(s, q_rows, keys);
     mma_commit();
   };
   auto issue_values = [&] {
@@ -235,11 +262,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     const u32 q_rows = query_rows();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
-      const int x = 8 * i, row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
-      const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+      const int x = 8 * i;
       const float a = rows.rescale[0], b = rows.rescale[1];
-      store_matrices(q_rows + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16, pack(o[x] * a, o[x + 1] * a),
-                     pack(o[x + 2] * b, o[x + 3] * b), pack(o[x + 4] * a, o[x + 5] * a), pack(o[x + 6] * b, o[x + 7] * b));
+      store_matrices(matrix_row(q_rows, i), pack(o[x] * a, o[x + 1] * a), pack(o[x + 2] * b, o[x + 3] * b),
+                     pack(o[x + 4] * a, o[x + 5] * a), pack(o[x + 6] * b, o[x + 7] * b));
     }
     fence_async();
     named_barrier(1 + consumer, 128);
@@ -255,18 +281,25 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     }
   };
 
+  if (kHolds) {  // queries of the first item: no output waits for their slot
+    take_queries();
+    named_barrier(1 + consumer, 128);
+    if (threadIdx.x % 128 == 0) barrier_arrive(q_empty + 8 * Q.index);
+    Q.next(kQueryStages);
+  }
   for (;; Q.next(kQueryStages), R.next(kRecords)) {
+    // With queries held this has come with them, but without a wait the compiler spills (128 keys, text).
     barrier_wait(r_full + 8 * R.index, R.phase);
     W = work[R.index];
     if (W.boxes == 0) break;
     const u32 q_rows = query_rows();
     begin();
-    barrier_wait(q_full + 8 * Q.index, Q.phase);
+    if (!kHolds) take_queries();
     // First key box, nothing else in flight.
     {
       float s[kKeys / 2];
       issue_scores(s, q_rows);
-      if (kQueryStages > 1) give_back();
+      if (kQueryStages > 1 || kHolds) give_back();
       mma_wait<0>(), keep(s);
       keys_used();
       weigh(s);
@@ -290,10 +323,11 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     }
     issue_values();
     write_lse();
+    if (kHolds) take_queries();
     mma_wait<0>(), keep(o);
     values_used();
     write_output();
-    if (kQueryStages == 1) give_back();
+    if (kQueryStages == 1 && !kHolds) give_back();
   }
   if (threadIdx.x % 128 == 0) stores_done();
 }

@@ -17,12 +17,21 @@ __device__ __forceinline__ u64 operand(u32 address, u32 leading, u32 stride) {
   return (u64)(address >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (kSwizzle == 128 ? 1ull : 2ull) << 62;
 }
 
+// Scores of 64 rows of q, which are in shared memory, or in registers (load_matrices).
 __device__ __forceinline__ void scores(float (&s)[kKeys / 2], u32 q, u32 k) {
 #pragma unroll
   for (int i = 0; i < kHeadDim / 16; i++) {
     const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
     mma_qk(s, operand(q + chunk * kQueryChunk + within, 16, 8 * kRowBytes),
            operand(k + chunk * kKeyChunk + within, 16, 8 * kRowBytes), i != 0);
+  }
+}
+
+__device__ __forceinline__ void scores(float (&s)[kKeys / 2], const u32 (&q)[kHeadDim / 4], u32 k) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 16; i++) {
+    const u32 chunk = i / (kColumns / 16), within = i % (kColumns / 16) * 32;
+    mma_held(s, q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], operand(k + chunk * kKeyChunk + within, 16, 8 * kRowBytes), i != 0);
   }
 }
 

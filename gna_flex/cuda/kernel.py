@@ -23,11 +23,14 @@ class Config(KernelConfig):
         keys: key rows of a shared-memory slot, a multiple of 16.
         consumers: warpgroups of 64 queries each.
         query_stages, key_stages: slots of queries, and of keys and of values.
+        holds_queries: consumers hold their queries in registers, instead of having every product read them from
+            shared memory.
     """
 
     consumers: int = 2
     query_stages: int = 2
     key_stages: int = 2
+    holds_queries: bool = False
 
     folder: ClassVar[str] = "hopper"
     head_dims: ClassVar[tuple[int, ...]] = HEAD_DIMS
@@ -75,7 +78,7 @@ class Config(KernelConfig):
             return (Config(padded, keys=64, query_stages=1),)
         if padded == 64:
             return tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
-        return tuple(Config(padded, keys) for keys in (128, 96))
+        return tuple(Config(padded, keys, holds_queries=_holds(padded, keys)) for keys in (128, 96))
 
     @classmethod
     def variants(cls, head_dim: int, capability: Capability = (9, 0)) -> tuple[Config, ...]:
@@ -88,27 +91,38 @@ class Config(KernelConfig):
         padded = cls.padded(head_dim)
         keys = [n for n in SLOTS if n not in {config.keys for config in defaults}]
         # Output and scores in float32, weights in half as many registers.
-        others = [Config(padded, n) for n in keys if padded // 2 + n * 3 // 4 <= MOST_REGISTERS]
+        keys = [n for n in keys if padded // 2 + n * 3 // 4 <= MOST_REGISTERS]
+        others = [Config(padded, n, holds_queries=_holds(padded, n)) for n in keys]
         others = [c if c.shared_bytes <= SHARED_LIMIT else replace(c, query_stages=1) for c in others]
         return *defaults, *(config for config in others if config.shared_bytes <= SHARED_LIMIT)
 
     def defines(self) -> dict[str, int]:
         """Macros of the kernel's source."""
         own = {"CONSUMERS": self.consumers, "QUERY_STAGES": self.query_stages, "KEY_STAGES": self.key_stages}
-        return super().defines() | own
+        return super().defines() | own | {"HOLDS_QUERIES": int(self.holds_queries)}
 
     def include(self) -> dict[str, str]:
         """Headers that the source includes, by name; one of them is written for the configuration."""
         return super().include() | {"hopper/generated.cuh": self.generated_header()}
 
     def generated_header(self) -> str:
-        """``hopper/generated.cuh``: the two matrix multiplications, whose operand lists have one name per register."""
+        """``hopper/generated.cuh``: the matrix multiplications, whose operand lists have one name per register."""
         kind = "f16" if self.float16 else "bf16"
         return (
             "#pragma once\n"
             + multiply_shared("mma_qk", self.keys, kind)
             + _multiply_registers("mma_pv", self.head_dim, kind)
+            + _multiply_held("mma_held", self.keys, kind)
         )
+
+
+def _holds(head_dim: int, keys: int) -> bool:
+    """Whether queries are held in registers by default: where it was measured to pay, and consumers have enough.
+
+    >>> _holds(128, 128), _holds(128, 144), _holds(64, 96)
+    (True, False, False)
+    """
+    return head_dim == 128 and keys <= 128
 
 
 def multiply_shared(name: str, columns: int, kind: str, transposed: bool = False) -> str:
@@ -127,6 +141,16 @@ def _multiply_registers(name: str, columns: int, kind: str) -> str:
     a = ", ".join(f"%{count + i}" for i in range(4))
     body = _instruction(columns, kind, f"{{{a}}}, %{count + 4}, 1, 1, 1, 1")
     return _wrapper(name, count, "u32 a0, u32 a1, u32 a2, u32 a3, u64 b", body, inputs)
+
+
+def _multiply_held(name: str, columns: int, kind: str) -> str:
+    """``d[64, columns] (+)= a b`` with ``a`` in registers and ``b`` in shared memory."""
+    count = columns // 2
+    inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate)'
+    a = ", ".join(f"%{count + i}" for i in range(4))
+    body = f".reg .pred p;\\nsetp.ne.b32 p, %{count + 5}, 0;\\n"
+    body += _instruction(columns, kind, f"{{{a}}}, %{count + 4}, p, 1, 1, 0")
+    return _wrapper(name, count, "u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate", body, inputs)
 
 
 def _instruction(columns: int, kind: str, operands: str) -> str:

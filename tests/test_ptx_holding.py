@@ -1,0 +1,63 @@
+"""The Hopper kernel with queries in registers: right in the interpreter, with every bit of the results as without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from machine_code import needs_nvrtc
+from torch import Tensor
+
+needs_nvrtc()
+
+from kernel_problems import HOPPER, ONE_BOX, Problem, check  # noqa: E402
+from ptx import launch  # noqa: E402
+
+from gna_flex.cuda.config import SHARED_LIMIT  # noqa: E402
+from gna_flex.cuda.kernel import HEAD_DIMS, Config  # noqa: E402
+
+PROBLEMS = HOPPER | {"one box": ONE_BOX}
+QUICK = ("2-D", "text, some of it valid", "causal, head dim 128", "two blocks", "one box", "three warpgroups")
+CASES = [
+    pytest.param(name, slots, marks=() if name in QUICK else pytest.mark.slow)
+    for name, slots in product(PROBLEMS, (1, 2))
+]
+
+
+def results(problem: Problem, seed: int) -> tuple[Tensor, Tensor]:
+    tensors = problem.tensors()
+    valid = torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None
+    out, lse, _ = launch.run(
+        problem.gnas,
+        tensors,
+        problem.config,
+        problem.tiles,
+        seed,
+        blocks=problem.blocks,
+        scale=problem.scale,
+        text_valid=valid,
+    )
+    return out, lse
+
+
+@pytest.mark.parametrize(("name", "slots"), CASES)
+def test_queries_in_registers(name: str, slots: int) -> None:
+    problem = PROBLEMS[name]
+    held, plain = (
+        problem._replace(config=replace(problem.config, holds_queries=holds, query_stages=slots))
+        for holds in (True, False)
+    )
+    check(held, slots)
+    for one, other in zip(results(held, 2), results(plain, 3), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_which_configurations_hold_queries() -> None:
+    for head_dim in HEAD_DIMS:
+        found = Config.variants(head_dim)
+        assert len(set(found)) == len(found)
+        for config in found:
+            assert config.holds_queries == (head_dim == 128 and config.keys <= 128)
+            assert config.shared_bytes <= SHARED_LIMIT
