@@ -16,6 +16,7 @@ from torch.nn import functional
 import gna_flex
 from gna_flex import GNA, flex_attention, gna_mask, kernels
 from gna_flex.cuda import backward as cuda_backward
+from gna_flex.cuda.forward import Request
 from gna_flex.mask_mod import mask_mod
 
 pytestmark = [
@@ -94,6 +95,32 @@ def some(dim: int = 64, tokens: int = 1200, heads: int = 4) -> list[Tensor]:
 
 
 GNA_OF_SOME = GNA((30, 40), (7, 9), (2, 3))
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(48, 48), (96, 24)])
+@pytest.mark.parametrize("heads_last", [False, True])
+def test_sums_in_a_ring_equal_two_passes(heads: int, key_heads: int, heads_last: bool) -> None:
+    """So many heads that some CTAs only round sums, for which others wait; in each run."""
+    gna, scale = GNA(4096, 512), 0.1
+    inputs = []
+    for count in (heads, key_heads, key_heads, heads):
+        shape = (3, 4096, count, 128) if heads_last else (3, count, 4096, 128)
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        inputs.append(x.transpose(1, 2) if heads_last else x)
+    *inputs, grad = inputs
+    fused = cuda_backward.pass_for(Request((gna,), 128, False, inputs[0].device.index), rows_are_keys=True, fused=True)
+    ring = fused.ring(*inputs[:2])
+    assert ring.rounders > 0
+    assert ring.places < ring.groups
+    out, lse = kernel_forward(inputs, (gna,), scale)
+    call = ((gna,), *inputs, out, lse, grad, None, scale)
+    exact = cuda_backward.backward(*call, deterministic=True)
+    for _ in range(5):
+        poison(*(x.shape for x in inputs), dtype=torch.bfloat16)
+        for x, other in zip(cuda_backward.backward(*call, deterministic=False), exact, strict=True):
+            budget = torch.finfo(torch.bfloat16).eps * other.abs().amax()  # another order of adding, then rounded
+            assert x.isfinite().all()
+            assert (x - other).abs().amax() <= budget
 
 
 def test_text_that_does_not_count_has_no_gradient() -> None:
