@@ -70,7 +70,9 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
       barrier_expect(full + 8 * stage, bytes(row));
       bulk_load(base + ring + stage * kRoundBytes, sums + (long long)row * kPieces, bytes(row), full + 8 * stage);
     };
+    // Not unrolled: its six copies made the compiler keep operands of products in other registers, 2 % of all time.
     if (thread == 0)
+#pragma unroll 1
       for (int i = 0; i < kRoundStages && i * kRoundRows < rows; i++) load(i * kRoundRows, (F.index + i) % kRoundStages);
 #pragma unroll 1
     for (int row = 0; row < rows; row += kRoundRows, F.next(kRoundStages)) {
