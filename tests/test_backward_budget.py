@@ -94,6 +94,8 @@ def test_instructions(config: BackwardConfig, tmp_path: Path) -> None:
     products = [i for i, line in enumerate(lines) if "HGMMA" in line]
     spills = [i for i, line in enumerate(lines) if line.startswith(("STL", "LDL"))]
     assert not [i for i in spills if products[0] <= i <= products[-1]]
+    if config.fused and config.head_dim == 128:
+        assert products[-1] - products[0] <= 895, "code elsewhere has made a step longer: 25 instructions cost 2 %"
 
 
 def test_statistics_kernel() -> None:

@@ -66,8 +66,8 @@ class Ring:
 
         ``whole``: items do not come group by group, so there must be room for all.
 
-        >>> Ring.of(groups=32, heads=1, tokens=32768, items=256, boxes=8448, processors=132, whole=False)
-        Ring(groups=32, places=4, rounders=4, slice_rows=1024)
+        >>> Ring.of(groups=32, heads=1, tokens=32768, items=256, boxes=8192, processors=132, whole=False)
+        Ring(groups=32, places=4, rounders=5, slice_rows=1024)
         >>> Ring.of(groups=4, heads=2, tokens=1000, items=16, boxes=200, processors=132, whole=False)
         Ring(groups=4, places=4, rounders=0, slice_rows=32)
         """
