@@ -131,7 +131,7 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
 
 NAMES = [name for name in CHANGES if name != "no shuffle"]  # it has none
 MUTATIONS = {kind: PassMutation(RUNS, CHANGES, cannot_matter_here, kind=kind) for kind in PASSES}
-RING_RUNS = tuple((problem, seed) for seed in range(3) for problem in RINGS)
+RING_RUNS = tuple((problem, seed) for seed in range(2) for problem in RINGS)
 MUTATIONS["fused"] = PassMutation((*RING_RUNS, *RUNS), CHANGES | OF_SUMS, cannot_matter_here, kind="fused")
 
 
@@ -148,6 +148,6 @@ def test_changes_of_sums_are_caught(name: str) -> None:
     assert MUTATIONS["fused"].survivors(name) == []
 
 
-@pytest.mark.slow
-def test_nothing_is_caught_where_nothing_is_wrong() -> None:
-    assert MUTATIONS["fused"].caught(MUTATIONS["fused"].text) == ""
+@pytest.mark.parametrize(("problem", "seed"), RING_RUNS)
+def test_nothing_is_caught_where_nothing_is_wrong(problem: Problem, seed: int) -> None:
+    check_pass(problem, "fused", seed, ring=RINGS[problem], most=ENDLESS)

@@ -21,8 +21,8 @@ from gna_flex.cuda.kernel import HEAD_DIMS, Config  # noqa: E402
 PROBLEMS = HOPPER | {"one box": ONE_BOX}
 QUICK = ("2-D", "text, some of it valid", "causal, head dim 128", "two blocks", "one box", "three warpgroups")
 CASES = [
-    pytest.param(name, slots, marks=() if name in QUICK else pytest.mark.slow)
-    for name, slots in product(PROBLEMS, (1, 2))
+    *((name, slots) for name, slots in product(QUICK, (1, 2))),
+    *(pytest.param(name, 2, marks=pytest.mark.slow) for name in PROBLEMS if name not in QUICK),
 ]
 
 
@@ -49,7 +49,8 @@ def test_queries_in_registers(name: str, slots: int) -> None:
         problem._replace(config=replace(problem.config, holds_queries=holds, query_stages=slots))
         for holds in (True, False)
     )
-    check(held, slots)
+    if name in QUICK:  # the others are right without held queries: tests/test_ptx_kernel.py
+        check(held, slots)
     for one, other in zip(results(held, 2), results(plain, 3), strict=True):
         assert torch.equal(one, other)
 

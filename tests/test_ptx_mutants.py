@@ -92,7 +92,7 @@ def cannot_matter_holding(name: str, text: str, match: re.Match[str]) -> bool:
 
 
 MUTATION = Mutation(RUNS, CHANGES, cannot_matter)
-HOLDING = Mutation(HOLDING_RUNS, HOLDING_CHANGES, cannot_matter_holding)
+HOLDING = Mutation(HOLDING_RUNS, HOLDING_CHANGES, cannot_matter_holding, thin=8)
 """The kernel with queries in registers. The last run is of items that nothing but barriers of queries orders."""
 
 
