@@ -16,6 +16,8 @@ from gna_flex.cuda.backward import BackwardConfig
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.tables import KernelTiles
 
+LINE = KernelTiles((1, 1, 64), 2, 2, (1, 1, 32), 32)
+"""Of one dimension, with two boxes of queries."""
 PROBLEMS = {name: problem for name, problem in HOPPER.items() if name != "three warpgroups"}
 PROBLEMS["text, grouped heads, some of it valid"] = Problem(
     GNA((5, 6), (3, 4), (1, 2), text_first=9, text_last=70), Config(32, 32), TWO, 2, 4, 2, valid=((9, 66), (3, 0))

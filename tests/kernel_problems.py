@@ -19,6 +19,9 @@ from gna_flex.cuda.tables import KernelTiles
 from gna_flex.kernels import FLOAT8, output_type
 from gna_flex.selftest.problems import rounded_weights
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+Launched = tuple[Tensor, Tensor, Machine]
+
 
 class Problem(NamedTuple):
     """A launch. ``heads_last``, ``values_last``: how tensors lie; ``valid``: text tokens that count, of each batch."""
@@ -41,7 +44,7 @@ class Problem(NamedTuple):
     def gna(self) -> GNA:
         return self.gnas if isinstance(self.gnas, GNA) else self.gnas[0]
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> Inputs:
         torch.manual_seed(0)
         width = self.head_dim or self.config.head_dim
 
@@ -267,22 +270,27 @@ def in_low_precision(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, sc
     return (rounded_weights(weights, query.dtype) @ v / weights.sum(-1, keepdim=True)).to(output_type(query.dtype))
 
 
-def check(problem: Problem, seed: int, **options: Any) -> Machine:
-    """Runs a problem and compares it with float64."""
-    tensors, keep = problem.tensors(), problem.keep()
-    scale = tensors[0].shape[-1] ** -0.5 if problem.scale is None else problem.scale
+def launched(problem: Problem, seed: int = 0, inputs: Inputs | None = None, **options: Any) -> Launched:
+    """Output, log-sum-exp and machine of a problem, with its own tensors by default."""
     valid = torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None
-    out, lse, machine = launch.run(
+    return launch.run(
         problem.gnas,
-        tensors,
+        inputs or problem.tensors(),
         problem.config,
         problem.tiles,
         seed,
         blocks=problem.blocks,
-        scale=scale,
+        scale=problem.scale,
         text_valid=valid,
         **options,
     )
+
+
+def check(problem: Problem, seed: int, **options: Any) -> Machine:
+    """Runs a problem and compares it with float64."""
+    tensors, keep = problem.tensors(), problem.keep()
+    scale = tensors[0].shape[-1] ** -0.5 if problem.scale is None else problem.scale
+    out, lse, machine = launched(problem, seed, tensors, **options)
     exact = exact_attention(*tensors, keep, scale=scale)
     low = in_low_precision(*tensors, keep, scale)
     assert_within_budget("output", out, exact.out, low, factor=2.0)

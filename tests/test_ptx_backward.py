@@ -12,7 +12,7 @@ from machine_code import needs_nvrtc
 
 needs_nvrtc()
 
-from backward_problems import PASSES, PROBLEMS, check_pass  # noqa: E402
+from backward_problems import LINE, PASSES, PROBLEMS, check_pass  # noqa: E402
 from kernel_problems import TWO, Problem  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -32,7 +32,6 @@ def test_gradients_equal_float64(name: str, kind: str, seed: int) -> None:
     check_pass(problem, kind, seed)
 
 
-LINE = KernelTiles((1, 1, 64), 2, 2, (1, 1, 32), 32)
 WINDOW = GNA((8, 16), (5, 9))
 RINGS = {
     "a place less than groups": (Problem(WINDOW, Config(64, 32), TWO, heads=4, key_heads=4, blocks=2), (4, 3, 1, 32)),

@@ -26,7 +26,7 @@ from machine_code import needs_nvrtc
 
 needs_nvrtc()
 
-from backward_problems import PASSES, check_pass, pass_shapes  # noqa: E402
+from backward_problems import LINE, PASSES, check_pass, pass_shapes  # noqa: E402
 from kernel_mutants import ALL, ENDLESS, Change, Mutation, more  # noqa: E402
 from kernel_problems import TWO, Problem  # noqa: E402
 from ptx.backward import HostPass  # noqa: E402
@@ -55,7 +55,7 @@ RUNS = (
     *((MANY, seed) for seed in range(3)),
 )
 """With masks, with all rows but no masks and with grouped heads, with empty rows, with many items."""
-LONG = Problem(GNA(300, 40), CONFIG, KernelTiles((1, 1, 64), 2, 2, (1, 1, 32), 32), heads=2, key_heads=2, blocks=2)
+LONG = Problem(GNA(300, 40), CONFIG, LINE, heads=2, key_heads=2, blocks=2)
 RINGS = {MANY._replace(blocks=4): Ring(6, 1, 1, 64), LONG: Ring(2, 1, 1, 256)}
 """Problems of fused passes in which items wait for CTAs that round, and how these keep sums."""
 ACQUIRE = r"ld\.acquire\.gpu\.global\.s32 (%\w+), \[\S+\];"

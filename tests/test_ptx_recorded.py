@@ -17,8 +17,7 @@ from torch import Tensor
 
 needs_nvrtc()
 
-from kernel_problems import HOPPER  # noqa: E402
-from ptx import launch  # noqa: E402
+from kernel_problems import HOPPER, launched  # noqa: E402
 
 FILE = np.load(Path(__file__).parent / "data" / "hopper_outputs.npz")
 NAMES = sorted({name.rpartition("/")[0] for name in FILE if "/" in name})
@@ -40,8 +39,7 @@ def test_interpreter_computes_what_the_gpu_did(name: str) -> None:
         return torch.from_numpy(FILE[f"{name}/{key}"]).view(problem.dtype)
 
     inputs = recorded("q"), recorded("k"), recorded("v")
-    valid = torch.tensor(problem.valid, dtype=torch.int32) if problem.valid else None
-    out, lse, _ = launch.run(problem.gnas, inputs, problem.config, problem.tiles, scale=problem.scale, text_valid=valid)
+    out, lse, _ = launched(problem, inputs=inputs)
     expected = recorded("out")
     assert out.isfinite().all()
     assert (out == expected).double().mean() >= LEAST_EQUAL

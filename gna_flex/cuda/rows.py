@@ -33,19 +33,13 @@ class StatisticsParams(ctypes.Structure):
 
 
 @functools.cache
-def kernel(name: str, float16: bool) -> driver.Kernel:
-    """``gna_<name>`` of ``csrc/hopper/<name>.cu``, for one type of 16 bits."""
-    source = (jit.source_folder() / "hopper" / f"{name}.cu").read_text(encoding="utf-8")
-    defines = {"FLOAT16": int(float16)}
-    code = jit.compile(source, arch="sm_90a", defines=defines, name=f"hopper_{name}.cu", include={})
-    return driver.Kernel(code.code, f"gna_{name}", 0)
-
-
-def _launch(name: str, x: Tensor, blocks: int, params: ctypes.Structure) -> None:
-    """Launches a kernel on the current stream of the device of ``x``, in the type of ``x``."""
-    index = x.device.index
-    run = kernel(name, x.dtype == torch.float16)
-    driver.launch(run, (blocks, 1, 1), (THREADS, 1, 1), 0, current_stream(index), driver.Arguments(params), index)
+def kernel(float16: bool) -> driver.Kernel:
+    """``gna_statistics`` of ``csrc/hopper/statistics.cu``, for one type of 16 bits."""
+    source = (jit.source_folder() / "hopper" / "statistics.cu").read_text(encoding="utf-8")
+    code = jit.compile(
+        source, arch="sm_90a", defines={"FLOAT16": int(float16)}, name="hopper_statistics.cu", include={}
+    )
+    return driver.Kernel(code.code, "gna_statistics", 0)
 
 
 def statistics(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, scale: float) -> Tensor:
@@ -61,5 +55,7 @@ def statistics(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, 
     pointers = (out.data_ptr(), grad.data_ptr(), lse.data_ptr(), grad_lse.data_ptr() if grad_lse is not None else None)
     rows = batch * heads * tokens
     params = StatisticsParams(*pointers, to.data_ptr(), *strides, rows, heads, tokens, head_dim, scale)
-    _launch("statistics", out, -(-rows // STATISTICS_ROWS), params)
+    grid, index = (-(-rows // STATISTICS_ROWS), 1, 1), out.device.index
+    run = kernel(out.dtype == torch.float16)
+    driver.launch(run, grid, (THREADS, 1, 1), 0, current_stream(index), driver.Arguments(params), index)
     return to
