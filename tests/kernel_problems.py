@@ -220,6 +220,14 @@ HOPPER = {name: Problem(gnas, *shapes, **rest) for name, (gnas, shapes, _, rest)
         GNA((10, 9), (5, 5)), Config(64, 48, consumers=3, key_stages=3), KernelTiles((1, 4, 9), 3, 1, (1, 5, 9), 48)
     ),
     "one query slot": Problem(GNA((8, 20), (3, 5)), Config(32, 32, query_stages=1), TWO, heads=2),
+    "maxima that do not last": Problem(GNA((8, 16), (5, 9)), Config(64, 32), TWO, heads=2, key_heads=2, scale=30.0),
+    "maxima that do not last, float16, text, head dim 96": Problem(
+        GNA((7, 9), (4, 3), text_last=40),
+        Config(96, 16, float16=True),
+        KernelTiles((1, 4, 8), 2, 1, (1, 4, 4), 16),
+        dtype=HALF,
+        scale=2.0,
+    ),
 }
 ONE_BOX = Problem(
     GNA(192, 32, stride=32),

@@ -48,13 +48,14 @@ def crowded(config: Config) -> bool:
 
 
 def spill_budget(config: Config) -> int:
-    """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that consumers have none.
+    """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that hardly any are of consumers.
 
-    Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few.
+    Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few. Consumers
+    are short of registers where scores are computed again, which makes the compiler spill some that last for an item.
     """
     if config.consumers == 3:
         return 160
-    return 64 if crowded(config) else 0
+    return 128 if crowded(config) else 32
 
 
 def name_of(config: Config) -> str:
@@ -116,12 +117,14 @@ def test_instructions(config, tmp_path):
     ends = [place for place, name in enumerate(names) if name.startswith(("USETMAXREG.TRY_ALLOC", "UTMASTG"))]
     consumers = kinds(names[min(ends + products) : max(ends + products)])
     assert not consumers["UTMALDG"], "the producer's code lies in between"
-    assert crowded(config) or not consumers["LDL"] + consumers["STL"], "consumers spill"
+    assert consumers["LDL"] + consumers["STL"] <= spill_budget(config) // 4, "consumers spill"
     assert kinds(names)["USETMAXREG"] == 2
     assert {name for name in names if name.startswith(("UTMALDG", "UTMASTG"))} >= {"UTMALDG.5D", "UTMASTG.5D"}
     assert not kinds(names)["LDGSTS"]
-    # Held queries: of the first item, and of the next one.
-    assert kinds(names)["LDSM"] == 2 * config.head_dim // 16 * config.holds_queries
+    # Held queries: of the first item, and of the next one. Queries, or only keys, where scores are computed again.
+    again = config.head_dim // 32
+    assert kinds(names)["LDSM"] == again + (2 if config.holds_queries else 1) * config.head_dim // 16
+    assert kinds(names)["HMMA"] == 2 * again, "8 keys at a time, in a loop"
     # One matrix multiplication for 16 columns of the head dim, and one for 16 keys.
     kind = "" if config.float16 else ".BF16"
     shapes = Counter(names[place] for place in products)
@@ -129,10 +132,10 @@ def test_instructions(config, tmp_path):
     expected.update({f"HGMMA.64x{config.head_dim}x16.F32{kind}": config.keys // 16})
     assert set(shapes) == set(expected)
     assert all(count % expected[name] == 0 for name, count in shapes.items())
-    # An exponential for each score that a thread holds, and one for each of its two rows; in every copy of the loop.
+    # An exponential for each score that a thread holds: twice with new maxima, which take one for each of two rows, and
+    # twice with those kept, as there is code with masks and without.
     exponentials = kinds([name for name in names if name.startswith("MUFU.EX2")])["MUFU"]
-    assert exponentials
-    assert exponentials % (config.keys // 2 + 2) == 0
+    assert exponentials == 4 * (config.keys // 2) + 4
 
 
 def test_nothing_else_is_compiled_by_default():

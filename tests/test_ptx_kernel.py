@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from machine_code import needs_nvrtc
@@ -34,6 +35,16 @@ def test_both_kernels_have_every_feature() -> None:
     assert {config.head_dim for config in configs} == set(HEAD_DIMS)
     assert {config.keys for config in configs} == {32, 64, 96, 128}
     assert {config.polynomial for config in configs} >= {0, 2, 8}
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_scores_are_computed_again_only_where_a_maximum_does_not_last(holds: bool) -> None:
+    """Weights are up to 2^40 in bfloat16, or 2^12 in float16. In these windows the first box has keys of all rows."""
+    again = [name for name in HOPPER if "do not last" in name]
+    for name in ("whole windows", "large scores", *again):
+        problem = HOPPER[name]
+        machine = check(problem._replace(config=replace(problem.config, holds_queries=holds)), 0)
+        assert (machine.warp_products > 0) == (name in again), name
 
 
 CORRECTION = range(8, 12)

@@ -27,10 +27,11 @@ RUNS = (
     (PROBLEM, 0),
     (Problem(GNA((8, 16), (8, 16)), CONFIG, TWO, heads=2, key_heads=2, scale=2.0), 0),
     (PROBLEM._replace(scale=2.0), 0),
+    (PROBLEM._replace(scale=30.0), 0),
     (Problem(GNA((9, 9), (5, 4)), CONFIG, KernelTiles((1, 5, 7), 2, 2, (1, 4, 7), 32)), 0),
     *((PROBLEM._replace(heads=6, key_heads=6), seed) for seed in range(3)),
 )
-"""With masks, without any, with rescaling, with empty rows, with many items."""
+"""With masks, without any, with larger scores, with scores computed again, with empty rows, with many items."""
 
 
 def descriptor(bit: int) -> Callable[[re.Match[str]], str]:

@@ -251,7 +251,7 @@ __device__ __forceinline__ void compute_weights(const Cta& C, int tile) {
         if (TEXT && box.mask == kCountMask) {
           masked = true;
           count_mask(mask, box.begin[0]);
-        } else if (box.mask == kWindowMask) {
+        } else if (box.mask != kNoMask) {
           masked = !__all_sync(~0u, C.box_keys == kKeys && window_holds(window, box, P.keys));
           if (masked) window_mask(mask, table, window, box, P.keys);
         }

@@ -32,7 +32,9 @@ struct Queries {
 //
 // In backward, rows may be keys and what they are multiplied with queries: then one head has those of several others, and
 // all tokens of text count.
-template <bool kRowsAreKeys = false>
+//
+// The walk over key boxes may begin amid those that need no mask, or amid all: every row of a forward pass has a maximum then.
+template <bool kRowsAreKeys = false, bool kFromCenter = false>
 __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int box_keys) {
   int i = w, per_head = P.items_per_head, first = 0;
   if (TEXT) {
@@ -60,6 +62,8 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
   for (int d = 0; d < 3; d++) {
     W.query[d] = I.query[d], W.key[d] = I.key[d], W.key_end[d] = I.key[d] + I.boxes[d] * P.keys[d];
     W.full_begin[d] = I.key[d] + I.full_begin[d] * P.keys[d], W.full[d] = I.full[d] * P.keys[d];
+    const int center = I.full[d] ? I.full_begin[d] + I.full[d] / 2 : I.boxes[d] / 2;
+    W.key_first[d] = I.key[d] + (kFromCenter ? center * P.keys[d] : 0);
   }
   return {I, b, h, is_text};
 }
@@ -81,11 +85,11 @@ __device__ __forceinline__ void load_queries(
   }
 }
 
-// The key boxes of an item: those of the grid in row-major order, then those of text.
+// The key boxes of an item: those of the grid in row-major order, around the ends of every dimension, then those of text.
 struct KeyWalk {
   int c0, c1, c2, set;
 
-  __device__ __forceinline__ explicit KeyWalk(const Work& W) : c0(W.key[0]), c1(W.key[1]), c2(W.key[2]), set(W.lengths) {}
+  __device__ __forceinline__ explicit KeyWalk(const Work& W) : c0(W.key_first[0]), c1(W.key_first[1]), c2(W.key_first[2]), set(W.lengths) {}
 
   __device__ __forceinline__ bool is_text() const { return TEXT && set >= MAP_SETS; }
 
@@ -94,11 +98,12 @@ struct KeyWalk {
       if ((c2 += box_keys) >= W.text[0] && set == MAP_SETS) set++, c2 = 0;
       return;
     }
-    if ((c2 += keys[2]) != W.key_end[2]) return;
-    c2 = W.key[2];
-    if ((c1 += keys[1]) != W.key_end[1]) return;
-    c1 = W.key[1];
-    if ((c0 += keys[0]) != W.key_end[0]) return;
+    // One step along a dimension; whether it has gone around.
+    auto around = [&](int d, int& c) {
+      if ((c += keys[d]) == W.key_end[d]) c = W.key[d];
+      return c == W.key_first[d];
+    };
+    if (!around(2, c2) || !around(1, c1) || !around(0, c0)) return;
     if (TEXT) set = MAP_SETS + (W.text[0] == 0), c0 = c1 = c2 = 0;
   }
 
@@ -108,8 +113,7 @@ struct KeyWalk {
       const int count = min(W.text[set - MAP_SETS] - c2, box_keys);
       return KeyBox{{count, 0, 0}, count == slot ? kNoMask : kCountMask};
     }
-    const bool full = (u32)(c0 - W.full_begin[0]) < W.full[0] && (u32)(c1 - W.full_begin[1]) < W.full[1] &&
-                      (u32)(c2 - W.full_begin[2]) < W.full[2];
-    return KeyBox{{c0, c1, c2}, full ? kNoMask : kWindowMask};
+    auto hides = [&](int d, int c) { return ((u32)(c - W.full_begin[d]) >= W.full[d]) << d; };
+    return KeyBox{{c0, c1, c2}, hides(0, c0) | hides(1, c1) | hides(2, c2)};
   }
 };

@@ -29,6 +29,7 @@ struct alignas(16) Work {
   int windows;   // first row of the head's windows
   // For the producer of keys and values, in tokens.
   int key[3], key_end[3];      // where key boxes start and end
+  int key_first[3];            // the box that is walked first
   int full_begin[3];           // boxes in [full_begin, full_begin + full) need no mask
   u32 full[3];
   int text[2];                 // text tokens that count
@@ -36,7 +37,8 @@ struct alignas(16) Work {
   int dq_column, dq_place;     // in a fused backward: where sums of the queries' gradients start
 };
 
-enum { kNoMask = 0, kWindowMask = 1, kCountMask = 2 };
+// What hides keys of a box: windows in the dimensions whose bits (1, 2, 4) are set, or a count.
+enum { kNoMask = 0, kCountMask = 8 };
 
 // A key box, in shared memory beside its keys.
 struct alignas(16) KeyBox {

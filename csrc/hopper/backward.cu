@@ -261,7 +261,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   // Scores to weights.
   auto weigh = [&](float (&s)[kKeys / 2], const KeyBox& box, const float* statistics) {
     u32 mask[2][kMaskWords];
-    const bool masked = box.mask == kWindowMask || (!kRowsAreKeys && box.mask == kCountMask);
+    const bool masked = box.mask != kNoMask && !(kRowsAreKeys && box.mask == kCountMask);
     if (masked)
 #pragma unroll
       for (int r = 0; r < 2; r++) {

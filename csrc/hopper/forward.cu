@@ -11,13 +11,17 @@
 // ahead, and loads their queries. The second walks the key boxes of an item and sends each with its coordinates and the
 // kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of their rows.
 //
+// Weights are exponentials less a maximum that is found in an item's first box, which lies amid the others, and kept. A pass
+// over the scores of every box to find its maximum took 5 to 11 % of the time: exponentials had to wait for it. Should a
+// weight become too large after all, its warp computes scores once more and raises the maximum.
+//
 // With HOLDS_QUERIES products of scores read a third less from shared memory. The next item's queries are taken from their
 // slot while the last values are multiplied, and then the output of this item enters it.
 //
 // Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters of two
 // CTAs that share key boxes by multicast (0 to 3 % slower), turns of the consumers as in backward.cu (no gain), scores of the
 // next item beside the last values of this one (one loop over the boxes of all items: fewer idle cycles, but slower),
-// exponentials as polynomials (4 to 10 % slower), windows in shared memory, 3 consumers with 80 keys at head dim 128 (dense
+// exponentials as polynomials (4 to 10 % slower), windows in shared memory (0 to 1 %), 3 consumers with 80 keys at head dim 128 (dense
 // within noise, masks 2 to 9 % slower). The GPU runs at its power limit: cycles saved while the tensor cores wait lower the
 // clock, so count bytes and instructions rather than bubbles.
 #define kKeys KEYS
@@ -27,7 +31,7 @@
 constexpr int kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES;
 constexpr bool kHolds = HOLDS_QUERIES;
 constexpr int kRecords = 2;  // items that are known: the current one and the next
-// Registers of a thread: 512 for the same thread of four warpgroups, 504 of three. The producer may spill, consumers must not;
+// Registers of a thread: 512 for the same thread of four warpgroups, 504 of three. The producer may spill, consumers hardly;
 // 232 beat 224 by 1 to 2 % at head dim 128 and lost 5 % at 64.
 constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kHeadDim >= 128 ? 232 : 224;
 constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 : 56;
@@ -35,7 +39,7 @@ constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 :
 // Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kValues = kKeysAt + kKeyStages * kKeyBytes,
-              kTable = kValues + kKeyStages * kKeyBytes, kWork = kTable + (kKeys + 5) * 16 * kMaskWords,
+              kTable = kValues + kKeyStages * kKeyBytes, kInBox = kTable + (kKeys + 5) * 16 * kMaskWords, kWork = kInBox + kRows * sizeof(u32),
               kBoxes = kWork + kRecords * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
               kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
@@ -48,6 +52,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
             k_empty = k_full + 8 * kKeyStages, v_full = k_empty + 8 * kKeyStages, v_empty = v_full + 8 * kKeyStages, r_full = v_empty + 8 * kKeyStages,
             r_empty = r_full + 8 * kRecords;
   u32* table = (u32*)(shared + kTable);
+  u32* in_box = (u32*)(shared + kInBox);  // coordinates of a box's rows, 8 bits each; of rows beyond it some or other
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
@@ -63,12 +68,14 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_init_done();
   }
   fill_mask_table(table, P.keys);
-  // Rows that no box ever fills: a weight of zero must not meet a NaN there, and held queries are read whatever they are.
-  if (kHolds || box_keys < kKeys) {
-    const u32 begin = kHolds ? kQueries : kKeysAt, end = kHolds && box_keys == kKeys ? kKeysAt : kTable;
-    for (u32 i = begin / 16 + threadIdx.x; i < end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
-    fence_async();
+  if (threadIdx.x < kRows) {
+    const int i = threadIdx.x;
+    in_box[i] = i / (P.box[2] * P.box[1]) | i / P.box[2] % P.box[1] << 8 | i % P.box[2] << 16;
   }
+  // Rows that no box ever fills: a weight of zero must not meet a NaN there, nor a row that nobody needs have scores of NaN.
+  const u32 zeros = P.box[0] * P.box[1] * P.box[2] < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kTable : kKeysAt;
+  for (u32 i = zeros / 16 + threadIdx.x; i < zeros_end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
+  fence_async();
   __syncthreads();
 
   if (warpgroup == 0) {  // ---------------- producers
@@ -89,7 +96,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
           }
           break;
         }
-        const Queries queries = describe(W, P, w, box_keys);
+        const Queries queries = describe<false, true>(W, P, w, box_keys);
         barrier_arrive(r_full + 8 * R.index);
 
         barrier_wait(q_empty + 8 * Q.index, Q.phase);
@@ -143,24 +150,19 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   Rows rows;
   Work W = {};
   KeyBox box;
+  u32 mask[2][kMaskWords];
   int2 window[2][3];
+  int left;  // rows of the item from this thread's first one on
 
   auto release = [&](u32 bar) {
     if (lane == 0) barrier_arrive(bar);
   };
   auto row_of = [&](int r) { return warp * 16 + lane / 4 + 8 * r; };
-  auto is_text = [&] { return TEXT && W.kind; };
-  // Coordinates of this thread's two rows in the box, 8 bits each; those of rows beyond it are some or other.
-  u32 in_box[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int i = row_of(r);
-    in_box[r] = i / (P.box[2] * P.box[1]) | i / P.box[2] % P.box[1] << 8 | i % P.box[2] << 16;
-  }
+  auto is_text = [&] { return TEXT && work[R.index].kind; };
   // Position of a thread's row r in dimension d.
   auto position = [&](int r, int d) {
     if (is_text()) return d == 2 ? W.query[2] + consumer * kRows + row_of(r) : 0;
-    return W.query[d] + consumer * P.beside[d] + (int)(in_box[r] >> 8 * d & 255);
+    return W.query[d] + consumer * P.beside[d] + (int)(in_box[row_of(r)] >> 8 * d & 255);
   };
   // The query slot that the last output leaves from, to be given back once it has left: while the next scores are computed.
   u32 owed = 0;
@@ -172,11 +174,13 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     }
   };
   auto query_rows = [&] { return base + kQueries + Q.index * kQueryBytes + consumer * kRows * kRowBytes; };
-  // Where this lane's row of 8 of the columns [16 i, 16 i + 16) is, as matrices are moved between the slot and registers.
-  auto matrix_row = [&](u32 q_rows, int i) {
-    const int row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
-    const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
-    return q_rows + i / (kColumns / 16) * kQueryChunk + row * kRowBytes + swizzled * 16;
+  // Where 8 columns of a row are: piece `piece` of the row in a chunk of columns.
+  auto matrix_row = [](u32 chunk, int row, int piece) {
+    return chunk + row * kRowBytes + (kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3)) * 16;
+  };
+  // Where this lane's row of 8 of the columns [16 i, 16 i + 16) is, as queries and outputs move between slot and registers.
+  auto query_row = [&](u32 q_rows, int i) {
+    return matrix_row(q_rows + i / (kColumns / 16) * kQueryChunk, warp * 16 + lane % 16, i % (kColumns / 16) * 2 + lane / 16);
   };
   u32 held[kHeadDim / 4];  // queries as an operand, with HOLDS_QUERIES
   auto take_queries = [&] {
@@ -184,12 +188,13 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     if (kHolds)
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; i++)
-        load_matrices(matrix_row(query_rows(), i), held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]);
+        load_matrices(query_row(query_rows(), i), held + 4 * i);
   };
 
   // Begins an item: no output yet, and the windows of this thread's rows.
   auto begin = [&] {
     rows = Rows{};
+    left = (is_text() ? kRows : P.box[0] * P.box[1] * P.box[2]) - row_of(0);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.f;
     if (!W.masked) return;
@@ -218,18 +223,49 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     add_values(o, p, base + kValues + V.index * kKeyBytes);
     mma_commit();
   };
+  // Scores of the current key box once more, by this warp alone: 8 keys at a time enter the registers from behind. Unrolled,
+  // this was no faster but for scores beyond reason, and spilled.
+  auto scores_again = [&](float (&s)[kKeys / 2], u32 q_rows) {
+    const u32 keys = base + kKeysAt + K.index * kKeyBytes;
+#pragma unroll 1
+    for (int g = 0; g < kKeys / 8; g++) {
+      float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; i += 2) {
+        u32 loaded[8], k[4];  // 16 queries and 8 keys, 32 columns of both
+        if (!kHolds) load_matrices(query_row(q_rows, i), loaded), load_matrices(query_row(q_rows, i + 1), loaded + 4);
+        const u32* q = kHolds ? held + 4 * i : loaded;
+        load_matrices(matrix_row(keys + i / (kColumns / 16) * kKeyChunk, 8 * g + lane % 8, i % (kColumns / 16) * 2 + lane / 8), k);
+        mma_warp(c, q, k), mma_warp(c, q + 4, k + 2);
+      }
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; i++) s[i] = i + 4 < kKeys / 2 ? s[i + 4] : c[i + 4 - kKeys / 2];
+    }
+  };
   auto keys_used = [&] { release(k_empty + 8 * K.index), K.next(kKeyStages); };
   auto values_used = [&] { release(v_empty + 8 * V.index), V.next(kKeyStages); };
-  // Scores to weights; whether the output must be rescaled.
-  auto weigh = [&](float (&s)[kKeys / 2]) {
-    u32 mask[2][kMaskWords];
-    if (box.mask == kNoMask) return softmax<false>(s, rows, P.scale_log2, mask);
+  // The mask of the current key box, while its scores are computed.
+  auto find_mask = [&] {
+    if (box.mask == kNoMask) return;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       if (TEXT && box.mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
       else window_mask(mask[r], table, window[r], box, P.keys, lane_class);
     }
-    return softmax<true>(s, rows, P.scale_log2, mask);
+  };
+  // Scores to weights; whether the output must be rescaled. After an item's first box maxima are kept where that does.
+  auto weigh = [&](float (&s)[kKeys / 2]) {
+    if (box.mask != kNoMask) hide(s, mask);
+    return softmax(s, rows, P.scale_log2);
+  };
+  auto weigh_next = [&](float (&s)[kKeys / 2], u32 q_rows) {
+    const bool kept = box.mask == kNoMask ? softmax_kept<false>(s, rows, P.scale_log2, mask, left)
+                                          : softmax_kept<true>(s, rows, P.scale_log2, mask, left);
+    if (kept) return false;
+#pragma unroll
+    for (int i = 0; i < 2 * kMaskWords; i++) asm volatile("" : "+r"(mask[i / kMaskWords][i % kMaskWords]));  // or all bits are kept
+    scores_again(s, q_rows);
+    return weigh(s);
   };
   // Ends an item: sums, and the log-sum-exp.
   auto write_lse = [&] {
@@ -239,10 +275,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
       rows.rescale[r] = reciprocal(rows.sum[r]);
       bool exists = lane_class == 0;
-      int token = W.token;
+      int token = TEXT ? work[R.index].token : W.token;  // registers are short with text
       if (is_text()) {
         const int at = position(r, 2);
-        exists &= at < P.text_tokens[W.kind - 1];
+        exists &= at < P.text_tokens[work[R.index].kind - 1];
         token += at;
       } else {
         exists &= row_of(r) < P.box[0] * P.box[1] * P.box[2];
@@ -264,19 +300,19 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     for (int i = 0; i < kHeadDim / 16; i++) {
       const int x = 8 * i;
       const float a = rows.rescale[0], b = rows.rescale[1];
-      store_matrices(matrix_row(q_rows, i), pack(o[x] * a, o[x + 1] * a), pack(o[x + 2] * b, o[x + 3] * b),
+      store_matrices(query_row(q_rows, i), pack(o[x] * a, o[x + 1] * a), pack(o[x + 2] * b, o[x + 3] * b),
                      pack(o[x + 4] * a, o[x + 5] * a), pack(o[x + 6] * b, o[x + 7] * b));
     }
     fence_async();
     named_barrier(1 + consumer, 128);
     if (threadIdx.x % 128 == 0) {
-      barrier_arrive(r_empty + 8 * R.index);
-      const int b = W.head / P.heads, h = W.head % P.heads, set = is_text() ? MAP_SETS + W.kind - 1 : W.lengths;
+      const int b = W.head / P.heads, h = W.head % P.heads, set = is_text() ? MAP_SETS + work[R.index].kind - 1 : W.lengths;
       const int step0 = is_text() ? 0 : P.beside[0], step1 = is_text() ? 0 : P.beside[1], step2 = is_text() ? kRows : P.beside[2];
       for (int i = 0; i < kChunks; i++)
         tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
                      W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
       stores_begin();
+      barrier_arrive(r_empty + 8 * R.index);
       owed = q_empty + 8 * Q.index;
     }
   };
@@ -288,8 +324,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     Q.next(kQueryStages);
   }
   for (;; Q.next(kQueryStages), R.next(kRecords)) {
-    // With queries held this has come with them, but without a wait the compiler spills (128 keys, text).
-    barrier_wait(r_full + 8 * R.index, R.phase);
+    if (!kHolds) barrier_wait(r_full + 8 * R.index, R.phase);  // held queries come after it
     W = work[R.index];
     if (W.boxes == 0) break;
     const u32 q_rows = query_rows();
@@ -300,6 +335,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       float s[kKeys / 2];
       issue_scores(s, q_rows);
       if (kQueryStages > 1 || kHolds) give_back();
+      find_mask();
       mma_wait<0>(), keep(s);
       keys_used();
       weigh(s);
@@ -311,9 +347,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       float s[kKeys / 2];
       issue_scores(s, q_rows);
       issue_values();
+      find_mask();
       mma_wait<1>(), keep(s);
+      const bool raised = weigh_next(s, q_rows);
       keys_used();
-      const bool raised = weigh(s);
       mma_wait<0>(), keep(o);
       values_used();
       if (__any_sync(~0u, raised))

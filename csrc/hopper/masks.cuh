@@ -24,18 +24,19 @@ __device__ __forceinline__ void fill_mask_table(u32* table, const int (&keys)[3]
   }
 }
 
-// Columns of a box that lie in a row's window: in every dimension those below its end, less those below its start.
+// Columns of a box that lie in a row's window: in every dimension that hides any those below its end, less those below its
+// start.
 __device__ __forceinline__ void window_mask(
     u32 (&mask)[kMaskWords], const u32* table, const int2 (&window)[3], const KeyBox& box, const int (&keys)[3], int lane_class) {
 #pragma unroll
   for (int w = 0; w < kMaskWords; w++) mask[w] = ~0u;
 #pragma unroll
-  for (int d = 0; d < 3; d++) {
+  for (int d = 0; d < 3; table += (keys[d] + 1) * 4 * kMaskWords, d++) {
+    if (!(box.mask >> d & 1)) continue;
     const int begin = min(max(window[d].x - box.begin[d], 0), keys[d]), end = min(max(window[d].y - box.begin[d], 0), keys[d]);
 #pragma unroll
     for (int w = 0; w < kMaskWords; w++)
       mask[w] &= table[(end * 4 + lane_class) * kMaskWords + w] & ~table[(begin * 4 + lane_class) * kMaskWords + w];
-    table += (keys[d] + 1) * 4 * kMaskWords;
   }
 }
 

@@ -19,9 +19,9 @@ __device__ __forceinline__ void keep(float (&d)[N]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-__device__ __forceinline__ void load_matrices(u32 from, u32& a, u32& b, u32& c, u32& d) {
+__device__ __forceinline__ void load_matrices(u32 from, u32* to) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(from) : "memory");
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
 __device__ __forceinline__ void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
@@ -31,4 +31,17 @@ __device__ __forceinline__ void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 
 
 __device__ __forceinline__ void store_four(u32 to, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
+// ---- matrix multiplication of a warp: c[16, 8] += a[16, 16] b[16, 8]
+
+__device__ __forceinline__ void mma_warp(float* c, const u32* a, const u32* b) {
+#if FLOAT16
+#define KINDS "f16.f16"
+#else
+#define KINDS "bf16.bf16"
+#endif
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KINDS ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#undef KINDS
 }

@@ -7,43 +7,79 @@ struct Rows {
   float maximum[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0.f, 0.f}, rescale[2];
 };
 
-// Turns scores into weights and updates the rows. Returns whether the output so far must be multiplied by `rescale`: the
-// maximum is kept while no score is more than 2^8 times larger, which the final division makes exact.
-template <bool kMasked>
-__device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], Rows& rows, float scale, const u32 (&mask)[2][kMaskWords]) {
+// Scores of columns that a mask leaves out become minus infinity.
+__device__ __forceinline__ void hide(float (&s)[kKeys / 2], const u32 (&mask)[2][kMaskWords]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+#pragma unroll
+    for (int g = 0; g < kKeys / 8; g++) {
+      float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
+      x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : MINUS_INFINITY;
+      y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : MINUS_INFINITY;
+    }
+}
+
+// Scores of row r to weights; their sum.
+__device__ __forceinline__ float weights(float (&s)[kKeys / 2], int r, float scale, float shift) {
+  float a = 0.f, b = 0.f;
+#pragma unroll
+  for (int g = 0; g < kKeys / 8; g++) {
+    float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
+    x = exp2_fast(fmaf(x, scale, -shift));
+    y = exp2_fast(fmaf(y, scale, -shift));
+    a += x;
+    b += y;
+  }
+  return a + b;
+}
+
+// Turns scores into weights and updates the rows. Returns whether the output so far must be multiplied by `rescale`.
+__device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], Rows& rows, float scale) {
   bool raised = false;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float m0 = rows.maximum[r], m1 = MINUS_INFINITY;
 #pragma unroll
-    for (int g = 0; g < kKeys / 8; g++) {
-      float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
-      if (kMasked) {
-        x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : MINUS_INFINITY;
-        y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : MINUS_INFINITY;
-      }
-      m0 = fmaxf(m0, x);
-      m1 = fmaxf(m1, y);
-    }
+    for (int g = 0; g < kKeys / 8; g++) m0 = fmaxf(m0, s[4 * g + 2 * r]), m1 = fmaxf(m1, s[4 * g + 2 * r + 1]);
     m0 = fmaxf(m0, m1);
     m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1));
     m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
-    const bool raise = (m0 - rows.maximum[r]) * scale > 8.f;
-    if (!raise) m0 = rows.maximum[r];
-    const float shift = kMasked && m0 == MINUS_INFINITY ? 0.f : m0 * scale;  // no key so far: any finite maximum will do
+    const bool raise = m0 > rows.maximum[r];
+    const float shift = m0 == MINUS_INFINITY ? 0.f : m0 * scale;  // no key so far: any finite maximum will do
     rows.rescale[r] = raise ? exp2_fast(fmaf(rows.maximum[r], scale, -shift)) : 1.f;
     rows.maximum[r] = m0;
     raised |= raise;
-    float a = 0.f, b = 0.f;
-#pragma unroll
-    for (int g = 0; g < kKeys / 8; g++) {
-      float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
-      x = exp2_fast(fmaf(x, scale, -shift));
-      y = exp2_fast(fmaf(y, scale, -shift));
-      a += x;
-      b += y;
-    }
-    rows.sum[r] = fmaf(rows.sum[r], rows.rescale[r], a + b);
+    rows.sum[r] = fmaf(rows.sum[r], rows.rescale[r], weights(s, r, scale, shift));
   }
   return raised;
+}
+
+// What a thread's weights of one row may sum to where a maximum is kept, which the final division makes exact. Bfloat16 has
+// room for much more, but so must have sums of weights times values.
+constexpr float kLargestSum = FLOAT16 ? 0x1p12f : 0x1p40f;
+
+// The same with the maxima as they are, which needs no pass over the scores to find them: exponentials start at once. Returns
+// false if that will not do for some row of the warp; then its scores are lost, and its rows are as before. A row r of the
+// thread counts if 8 r < left: in others there is something left over from other items, which must not decide.
+template <bool kMasked>
+__device__ __forceinline__ bool softmax_kept(float (&s)[kKeys / 2], Rows& rows, float scale, const u32 (&mask)[2][kMaskWords], int left) {
+  if (kMasked) hide(s, mask);
+  float sum[2];
+  bool fits = true;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    bool fit = true;
+    float shift = rows.maximum[r] * scale;  // minus infinity if the row had no key so far: then weights of any are infinite
+    if (kMasked && rows.maximum[r] == MINUS_INFINITY) {
+      shift = -MINUS_INFINITY;
+#pragma unroll
+      for (int w = 0; w < kMaskWords; w++) fit &= mask[r][w] == 0;
+    }
+    sum[r] = weights(s, r, scale, shift);
+    fit &= sum[r] <= kLargestSum;  // false for NaN
+    fits &= fit || left <= 8 * r;
+  }
+  if (!__all_sync(~0u, fits)) return false;
+  rows.sum[0] += sum[0], rows.sum[1] += sum[1];
+  return true;
 }

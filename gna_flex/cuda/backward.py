@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gna_flex.cuda import driver, rows
-from gna_flex.cuda.config import KernelConfig
+from gna_flex.cuda.config import WORK_BYTES, KernelConfig
 from gna_flex.cuda.forward import (
     LOG2_E,
     SMALLEST_SCALE,
@@ -72,7 +72,7 @@ class BackwardConfig(Config):
         """
         slots, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
         tables = (self.keys + 5) * 16 * -(-self.keys // 128) + self.consumers * ROWS * 24
-        tables += 8 * self.keys * self.key_stages * self.rows_are_keys + 2 * 128 + 16 * self.key_stages
+        tables += 8 * self.keys * self.key_stages * self.rows_are_keys + 2 * WORK_BYTES + 16 * self.key_stages
         shared = (2 * 3 * ROWS * self.keys + 4 * self.keys * self.head_dim) * self.fused
         barriers = 2 * 2 + 2 * self.query_stages + 2 * self.key_stages + 1 + self.consumers
         barriers += (2 + (2 + ROUND_STAGES) * self.consumers) * self.fused

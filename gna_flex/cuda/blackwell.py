@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig
+from gna_flex.cuda.config import SHARED_LIMIT, WORK_BYTES, Capability, KernelConfig
 
 ARCHITECTURES = {(10, 0): "sm_100a", (10, 3): "sm_103a"}
 """Architectures of B200 and B300, by capability."""
@@ -65,7 +65,7 @@ class BlackwellConfig(KernelConfig):
         size = 1 if self.float8 else 2
         queries, outputs = TILES * ROWS * self.head_dim * size, self.output_stages * ROWS * 2 * self.columns
         ring = self.key_stages * self.keys * self.head_dim * size
-        tables = (self.keys + 5) * 16 + TILES * ROWS * 4 + 2 * 128
+        tables = (self.keys + 5) * 16 + TILES * ROWS * 4 + 2 * WORK_BYTES
         return queries + outputs + ring + tables + 8 * (16 + 2 * self.key_stages + 2 * self.output_stages) + 16
 
     @classmethod

@@ -11,6 +11,8 @@ from gna_flex.cuda.tables import KernelTiles
 
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one CTA can have."""
+WORK_BYTES = 144
+"""``Work`` of ``csrc/common/records.cuh``: an item, as its producer hands it on in shared memory."""
 
 Capability = tuple[int, int]
 """Compute capability of a GPU."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig
+from gna_flex.cuda.config import SHARED_LIMIT, WORK_BYTES, Capability, KernelConfig
 from gna_flex.cuda.tables import ROWS
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -51,12 +51,12 @@ class Config(KernelConfig):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> Config(128).shared_bytes
-        199152
+        199440
         """
         mask_words = -(-self.keys // 128)
         queries = self.query_stages * self.consumers * ROWS * self.head_dim * 2
         keys = 2 * self.key_stages * self.keys * self.head_dim * 2
-        tables = (self.keys + 5) * 16 * mask_words + 2 * 128 + 16 * self.key_stages
+        tables = (self.keys + 5) * 16 * mask_words + 4 * ROWS + 2 * WORK_BYTES + 16 * self.key_stages
         return queries + keys + tables + 8 * (2 * 2 + 2 * self.query_stages + 4 * self.key_stages)
 
     @classmethod

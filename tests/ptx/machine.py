@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ptx import access, alu, foreign, packed, sync, tcgen05  # noqa: F401  they register the instructions
+from ptx import access, alu, foreign, mma, packed, sync, tcgen05  # noqa: F401  they register the instructions
 from ptx.barriers import NamedBarrier
 from ptx.errors import (
     AllocationError,
@@ -103,6 +103,7 @@ class Machine:
         """Kinds of products of tensor memory that there were."""
         self.executed, self.most = 0, most
         self.atomics = 0
+        self.warp_products = 0
         """Atomics in global memory that there were."""
         self.grid: list[Block] = []
         self.program: Program
