@@ -11,19 +11,19 @@
 // ahead, and loads their queries. The second walks the key boxes of an item and sends each with its coordinates and the
 // kind of mask that it needs, so consumers know nothing of windows but [lo, hi) of their rows.
 //
-// Weights are exponentials less a maximum that is found in an item's first box, which lies amid the others, and kept. A pass
-// over the scores of every box to find its maximum took 5 to 11 % of the time: exponentials had to wait for it. Should a
+// Weights are exponentials of scores less a maximum, which is found in an item's first box, amid the others, and kept. A pass
+// over the scores of every box to find its maximum took 5 to 11 % of the time, as exponentials had to wait for it. Should a
 // weight become too large after all, its warp computes scores once more and raises the maximum.
 //
 // With HOLDS_QUERIES products of scores read a third less from shared memory. The next item's queries are taken from their
 // slot while the last values are multiplied, and then the output of this item enters it.
 //
 // Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters of two
-// CTAs that share key boxes by multicast (0 to 3 % slower), turns of the consumers as in backward.cu (no gain), scores of the
-// next item beside the last values of this one (one loop over the boxes of all items: fewer idle cycles, but slower),
-// exponentials as polynomials (4 to 10 % slower), windows in shared memory (0 to 1 %), 3 consumers with 80 keys at head dim 128 (dense
-// within noise, masks 2 to 9 % slower). The GPU runs at its power limit: cycles saved while the tensor cores wait lower the
-// clock, so count bytes and instructions rather than bubbles.
+// CTAs that share key boxes by multicast (1 to 2 % faster, for 40 lines and a fixed order of items), turns of the consumers as in
+// backward.cu (no gain), scores of the next item beside the last values of this one (one loop over the boxes of all items:
+// fewer idle cycles, but slower), exponentials as polynomials (4 to 10 % slower), windows in shared memory (0 to 1 % slower),
+// 3 consumers with 80 keys at head dim 128 (dense within noise, masks 2 to 9 % slower). The GPU runs at its power limit: cycles
+// saved while the tensor cores wait lower the clock, so count bytes and instructions rather than bubbles.
 #define kKeys KEYS
 #include "hopper/softmax.cuh"
 #include "hopper/products.cuh"
