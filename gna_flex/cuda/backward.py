@@ -68,7 +68,7 @@ class BackwardConfig(Config):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> BackwardConfig(128, 96, query_stages=1, key_stages=3).shared_bytes
-        218104
+        218136
         """
         slots, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
         tables = (self.keys + 5) * 16 * -(-self.keys // 128) + self.consumers * ROWS * 24

@@ -60,7 +60,7 @@ class BlackwellConfig(KernelConfig):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> BlackwellConfig(128).shared_bytes
-        200240
+        200272
         """
         size = 1 if self.float8 else 2
         queries, outputs = TILES * ROWS * self.head_dim * size, self.output_stages * ROWS * 2 * self.columns

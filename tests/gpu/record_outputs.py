@@ -23,7 +23,6 @@ RECORDED = (
     "2-D",
     "3-D, stride, float16",
     "text, some of it valid",
-    "dilation and text",
     "causal in one of two, float16, head dim 128",
     "grouped heads",
     "a window per head",
