@@ -13,7 +13,7 @@ from ptx.program import Program, Run, opcode
 from ptx.warp import Warp
 from ptx.wgmma import operand_matrix, to_fragment, to_matrix
 
-SHAPE = "mma.sync.aligned.m16n8k16.row.col.f32"
+FORMS = tuple(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" for kind in ("f16", "bf16"))
 COLUMNS = 8
 
 
@@ -25,10 +25,10 @@ def columns_matrix(registers: np.ndarray, float16: bool) -> Any:
     return widen(np.ascontiguousarray(halves.transpose(0, 2, 1, 3)).reshape(COLUMNS, K), float16)
 
 
-@opcode(f"{SHAPE}.f16.f16.f32", f"{SHAPE}.bf16.bf16.f32")
+@opcode(*FORMS)
 def multiply(program: Program, ins: Instruction) -> Run:
     vectors = [x.items for x in ins.operands if isinstance(x, Vector)]
-    if [len(items) for items in vectors] != [4, 4, 2, 4]:
+    if ins.opcode not in FORMS or len(ins.operands) != 4 or [len(items) for items in vectors] != [4, 4, 2, 4]:
         raise UnsupportedError(ins.text)
     kinds = (np.float32, np.uint32, np.uint32, np.float32)
     to, a, b, c = ([program.slot(item, kind) for item in items] for items, kind in zip(vectors, kinds, strict=True))
