@@ -48,14 +48,18 @@ def crowded(config: Config) -> bool:
 
 
 def spill_budget(config: Config) -> int:
-    """Bytes of spill stores and loads together; :func:`test_instructions` sees to it that hardly any are of consumers.
+    """Bytes of spill stores and loads together, those of consumers included.
 
-    Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few. Consumers
-    are short of registers where scores are computed again, which makes the compiler spill some that last for an item.
+    Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few.
     """
-    if config.consumers == 3:
-        return 160
-    return 128 if crowded(config) else 32
+    return 160 if config.consumers == 3 else 96 if crowded(config) else 8 * consumer_spills(config)
+
+
+def consumer_spills(config: Config) -> int:
+    """Instructions that spill in the code of consumers: text takes two registers too many."""
+    if crowded(config):
+        return 16
+    return 2 if config.text and config.holds_queries and config.keys == 128 else 0
 
 
 def name_of(config: Config) -> str:
@@ -117,7 +121,7 @@ def test_instructions(config, tmp_path):
     ends = [place for place, name in enumerate(names) if name.startswith(("USETMAXREG.TRY_ALLOC", "UTMASTG"))]
     consumers = kinds(names[min(ends + products) : max(ends + products)])
     assert not consumers["UTMALDG"], "the producer's code lies in between"
-    assert consumers["LDL"] + consumers["STL"] <= spill_budget(config) // 4, "consumers spill"
+    assert consumers["LDL"] + consumers["STL"] <= consumer_spills(config), "consumers spill"
     assert kinds(names)["USETMAXREG"] == 2
     assert {name for name in names if name.startswith(("UTMALDG", "UTMASTG"))} >= {"UTMALDG.5D", "UTMASTG.5D"}
     assert not kinds(names)["LDGSTS"]

@@ -211,7 +211,7 @@ __device__ __forceinline__ void compute_weights(const Cta& C, int tile) {
   const u32 scores = C.lane() + kScores + tile * kTileColumns, weights = C.lane() + kWeights + tile * kTileColumns;
   const uint4* table = (const uint4*)(C.shared + kTable);
   // Coordinates of the row in its box, 8 bits each; those of rows beyond it are some or other.
-  const u32 in_box = row / (P.box[2] * P.box[1]) | row / P.box[2] % P.box[1] << 8 | row % P.box[2] << 16;
+  const u32 in_box = coordinates(row, P.box);
   Stage R{0, 0}, S{0, 0}, F{0, 1};
   auto send_factor = [&](float factor) {
     C.wait(factor_empty + tile, F.phase);

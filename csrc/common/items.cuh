@@ -21,6 +21,11 @@ __device__ __forceinline__ int first_column(const Address& at, int head, const i
   return column;
 }
 
+// Coordinates of row i of a box, 8 bits each; of rows beyond the box some or other.
+__device__ __forceinline__ u32 coordinates(int i, const int (&box)[3]) {
+  return i / (box[2] * box[1]) | i / box[2] % box[1] << 8 | i % box[2] << 16;
+}
+
 // An item's record, and whose queries they are.
 struct Queries {
   const Item& item;
@@ -33,7 +38,7 @@ struct Queries {
 // In backward, rows may be keys and what they are multiplied with queries: then one head has those of several others, and
 // all tokens of text count.
 //
-// The walk over key boxes may begin amid those that need no mask, or amid all: every row of a forward pass has a maximum then.
+// The walk over key boxes may begin amid those that need no mask, or amid all: there most rows see keys.
 template <bool kRowsAreKeys = false, bool kFromCenter = false>
 __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int box_keys) {
   int i = w, per_head = P.items_per_head, first = 0;

@@ -52,7 +52,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
             k_empty = k_full + 8 * kKeyStages, v_full = k_empty + 8 * kKeyStages, v_empty = v_full + 8 * kKeyStages, r_full = v_empty + 8 * kKeyStages,
             r_empty = r_full + 8 * kRecords;
   u32* table = (u32*)(shared + kTable);
-  u32* in_box = (u32*)(shared + kInBox);  // coordinates of a box's rows, 8 bits each; of rows beyond it some or other
+  u32* in_box = (u32*)(shared + kInBox);  // coordinates of a box's rows
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
@@ -68,10 +68,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_init_done();
   }
   fill_mask_table(table, P.keys);
-  if (threadIdx.x < kRows) {
-    const int i = threadIdx.x;
-    in_box[i] = i / (P.box[2] * P.box[1]) | i / P.box[2] % P.box[1] << 8 | i % P.box[2] << 16;
-  }
+  if (threadIdx.x < kRows) in_box[threadIdx.x] = coordinates(threadIdx.x, P.box);
   // Rows that no box ever fills: a weight of zero must not meet a NaN there, nor a row that nobody needs have scores of NaN.
   const u32 zeros = P.box[0] * P.box[1] * P.box[2] < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kTable : kKeysAt;
   for (u32 i = zeros / 16 + threadIdx.x; i < zeros_end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);

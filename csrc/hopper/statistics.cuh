@@ -2,15 +2,12 @@
 #pragma once
 #include "hopper/masks.cuh"
 
-// Where this lane's queries are in a box that streams by: one of 32 rows, 8 bits for each dimension.
+// Where this lane's queries are in a box that streams by: one of 32 rows.
 struct InBox {
   u32 at[(kKeys + 31) / 32];
   __device__ __forceinline__ explicit InBox(const int (&box)[3]) {
 #pragma unroll
-    for (int i = 0; i < (kKeys + 31) / 32; i++) {
-      const int row = threadIdx.x % 32 + 32 * i;
-      at[i] = row / (box[2] * box[1]) | row / box[2] % box[1] << 8 | row % box[2] << 16;
-    }
+    for (int i = 0; i < (kKeys + 31) / 32; i++) at[i] = coordinates(threadIdx.x % 32 + 32 * i, box);
   }
 };
 

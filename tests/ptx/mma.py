@@ -19,9 +19,8 @@ COLUMNS = 8
 
 def columns_matrix(registers: np.ndarray, float16: bool) -> Any:
     """Registers of B, ``[2, 32]``, as ``[8, 16]``: a lane has two and two of the 16 places of column ``lane / 4``."""
-    halves = (
-        np.ascontiguousarray(registers.T).view(np.uint16).reshape(COLUMNS, 4, 2, 2)
-    )  # column, piece, 8 places, pair
+    # Column, piece, 8 places, pair.
+    halves = np.ascontiguousarray(registers.T).view(np.uint16).reshape(COLUMNS, 4, 2, 2)
     return widen(np.ascontiguousarray(halves.transpose(0, 2, 1, 3)).reshape(COLUMNS, K), float16)
 
 
