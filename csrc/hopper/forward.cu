@@ -256,12 +256,19 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     return softmax(s, rows, P.scale_log2);
   };
   auto weigh_next = [&](float (&s)[kKeys / 2], u32 q_rows) {
-    const bool kept = box.mask == kNoMask ? softmax_kept<false>(s, rows, P.scale_log2, mask, left)
-                                          : softmax_kept<true>(s, rows, P.scale_log2, mask, left);
-    if (kept) return false;
+    bool again = true;
+    if (box.mask == kNoMask) {
+      if (softmax_kept<false>(s, rows, P.scale_log2, mask, left)) return false;
+    } else if (meets_first_key(rows, mask, left)) {
+      again = false;
+    } else if (softmax_kept<true>(s, rows, P.scale_log2, mask, left)) {
+      return false;
+    }
+    if (again) {
 #pragma unroll
-    for (int i = 0; i < 2 * kMaskWords; i++) asm volatile("" : "+r"(mask[i / kMaskWords][i % kMaskWords]));  // or all bits are kept
-    scores_again(s, q_rows);
+      for (int i = 0; i < 2 * kMaskWords; i++) asm volatile("" : "+r"(mask[i / kMaskWords][i % kMaskWords]));  // or all bits are kept
+      scores_again(s, q_rows);
+    }
     return weigh(s);
   };
   // Ends an item: sums, and the log-sum-exp.

@@ -54,13 +54,26 @@ __device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], Rows& rows, float
   return raised;
 }
 
+// Whether some row of the warp sees keys for the first time. A row r of the thread counts if 8 r < left: in others there is
+// something left over from other items, which must not decide.
+__device__ __forceinline__ bool meets_first_key(const Rows& rows, const u32 (&mask)[2][kMaskWords], int left) {
+  bool meets = false;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    u32 seen = 0;
+#pragma unroll
+    for (int w = 0; w < kMaskWords; w++) seen |= mask[r][w];
+    meets |= rows.maximum[r] == MINUS_INFINITY && seen && left > 8 * r;
+  }
+  return __any_sync(~0u, meets);
+}
+
 // What a thread's weights of one row may sum to where a maximum is kept, which the final division makes exact. Bfloat16 has
 // room for much more, but so must have sums of weights times values.
 constexpr float kLargestSum = FLOAT16 ? 0x1p12f : 0x1p40f;
 
 // The same with the maxima as they are, which needs no pass over the scores to find them: exponentials start at once. Returns
-// false if that will not do for some row of the warp; then its scores are lost, and its rows are as before. A row r of the
-// thread counts if 8 r < left: in others there is something left over from other items, which must not decide.
+// false if that will not do for some row of the warp; then its scores are lost, and its rows are as before.
 template <bool kMasked>
 __device__ __forceinline__ bool softmax_kept(float (&s)[kKeys / 2], Rows& rows, float scale, const u32 (&mask)[2][kMaskWords], int left) {
   if (kMasked) hide(s, mask);
@@ -68,16 +81,10 @@ __device__ __forceinline__ bool softmax_kept(float (&s)[kKeys / 2], Rows& rows, 
   bool fits = true;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    bool fit = true;
-    float shift = rows.maximum[r] * scale;  // minus infinity if the row had no key so far: then weights of any are infinite
-    if (kMasked && rows.maximum[r] == MINUS_INFINITY) {
-      shift = -MINUS_INFINITY;
-#pragma unroll
-      for (int w = 0; w < kMaskWords; w++) fit &= mask[r][w] == 0;
-    }
+    // Without a key so far nothing weighs anything if all is hidden (meets_first_key); else all weighs infinitely much.
+    const float shift = kMasked && rows.maximum[r] == MINUS_INFINITY ? -MINUS_INFINITY : rows.maximum[r] * scale;
     sum[r] = weights(s, r, scale, shift);
-    fit &= sum[r] <= kLargestSum;  // false for NaN
-    fits &= fit || left <= 8 * r;
+    fits &= sum[r] <= kLargestSum || left <= 8 * r;  // false for NaN
   }
   if (!__all_sync(~0u, fits)) return false;
   rows.sum[0] += sum[0], rows.sum[1] += sum[1];
