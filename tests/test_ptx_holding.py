@@ -39,8 +39,9 @@ def test_queries_in_registers(name: str, slots: int) -> None:
 
 def test_which_configurations_hold_queries() -> None:
     for head_dim in HEAD_DIMS:
-        found = Config.variants(head_dim)
-        assert len(set(found)) == len(found)
-        for config in found:
-            assert config.holds_queries == (head_dim == 128 and config.keys <= 128)
-            assert config.shared_bytes <= SHARED_LIMIT
+        for text in (False, True):
+            found = Config.variants(head_dim, text=text)
+            assert len(set(found)) == len(found)
+            for config in found:
+                assert config.holds_queries == (text and head_dim == 128 and config.keys <= 128)
+                assert config.shared_bytes <= SHARED_LIMIT

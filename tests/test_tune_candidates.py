@@ -32,7 +32,7 @@ def test_candidates(request_):
     assert found[0] == estimated(request_)
     assert len(set(found)) == len(found)
     assert 1 < len(found) <= 8 or request_.gnas[0].layout == (7,)
-    known = set(request_.kernel.variants(request_.head_dim, request_.capability))
+    known = set(request_.kernel.variants(request_.head_dim, request_.capability, request_.text))
     for config, tiles in found:
         assert config in known
         assert config.fits(tiles)

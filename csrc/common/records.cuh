@@ -37,8 +37,9 @@ struct alignas(16) Work {
   int dq_column, dq_place;     // in a fused backward: where sums of the queries' gradients start
 };
 
-// What hides keys of a box: windows in the dimensions whose bits (1, 2, 4) are set, or a count.
-enum { kNoMask = 0, kCountMask = 8 };
+// What hides keys of a box: windows in the dimensions whose bits (1, 2, 4) are set, or a count. kProductMask: windows, and
+// their mask is a product.
+enum { kNoMask = 0, kCountMask = 8, kProductMask = 16 };
 
 // A key box, in shared memory beside its keys.
 struct alignas(16) KeyBox {
@@ -50,6 +51,14 @@ struct alignas(16) KeyBox {
 struct Address {
   int head_column, head_place, batch_place;
   int group_column[3];  // columns from one dilation group to the next
+};
+
+// Where coordinates of a key box are among the columns of a mask as a product, masks.cuh; those of a dimension side by side.
+struct Places {
+  int steps;      // of 16 columns, 1 or 2; 0 if there are too many coordinates
+  int first[3];   // place of coordinate 0; unused in a dimension that hides nothing in any box
+  u32 others[3];  // places of all but this dimension's coordinates
+  u32 seen;       // all places but the last one, if that stands for rows of a slot which no box fills
 };
 
 struct Params {
@@ -64,6 +73,7 @@ struct Params {
   int box[3], beside[3], keys[3];
   int length[MAP_SETS][3], window_row[MAP_SETS][3];
   int token_stride[3], group_stride[3];  // tokens from one position, one dilation group to the next
+  Places places;
   int grid_token, text_tokens[2], text_token[2];
   Address q, k, v, o;
 };

@@ -39,7 +39,7 @@ constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 :
 // Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kValues = kKeysAt + kKeyStages * kKeyBytes,
-              kTable = kValues + kKeyStages * kKeyBytes, kInBox = kTable + (kKeys + 5) * 16 * kMaskWords, kWork = kInBox + kRows * sizeof(u32),
+              kPlacesAt = kValues + kKeyStages * kKeyBytes, kTable = kPlacesAt + kMaskProducts * kKeys * kPlaceBytes, kInBox = kTable + (kKeys + 5) * 16 * kMaskWords, kWork = kInBox + kRows * sizeof(u32),
               kBoxes = kWork + kRecords * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
               kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
@@ -68,9 +68,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_init_done();
   }
   fill_mask_table(table, P.keys);
+  if (kMaskProducts && P.places.steps) fill_places(shared + kPlacesAt, P.places, P.keys);
   if (threadIdx.x < kRows) in_box[threadIdx.x] = coordinates(threadIdx.x, P.box);
   // Rows that no box ever fills: a weight of zero must not meet a NaN there, nor a row that nobody needs have scores of NaN.
-  const u32 zeros = P.box[0] * P.box[1] * P.box[2] < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kTable : kKeysAt;
+  const u32 zeros = P.box[0] * P.box[1] * P.box[2] < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kPlacesAt : kKeysAt;
   for (u32 i = zeros / 16 + threadIdx.x; i < zeros_end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
   fence_async();
   __syncthreads();
@@ -113,7 +114,9 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         KeyWalk at(W);
         auto load_keys = [&] {
           barrier_wait(k_empty + 8 * K.index, K.phase);
-          key_boxes[K.index] = at.box(W, box_keys, kKeys);
+          KeyBox box = at.box(W, box_keys, kKeys);
+          if (kMaskProducts && P.places.steps && box.mask != kNoMask && box.mask != kCountMask) box.mask |= kProductMask;
+          key_boxes[K.index] = box;
           barrier_expect(k_full + 8 * K.index, key_bytes);
           const int column = at.is_text() ? W.key_head * P.k.head_column : W.k_column;
           load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[at.set], k_full + 8 * K.index, column, at.c2, at.c1, at.c0, W.k_place);
@@ -146,7 +149,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   u32 p[kKeys / 4];
   Rows rows;
   Work W = {};
-  KeyBox box;
+  int box_mask;  // of the current key box; where it begins is read only where there is a mask, as registers are short
   u32 mask[2][kMaskWords];
   int2 window[2][3];
   int left;  // rows of the item from this thread's first one on
@@ -207,12 +210,19 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   // Issues the scores of the next key box, and the last weights times the next values.
   auto issue_scores = [&](float (&s)[kKeys / 2], u32 q_rows) {
     barrier_wait(k_full + 8 * K.index, K.phase);
-    box = key_boxes[K.index];
     keep(s), mma_fence();
     const u32 keys = base + kKeysAt + K.index * kKeyBytes;
     if (kHolds) scores(s, held, keys);
     else scores(s, q_rows, keys);
     mma_commit();
+    box_mask = key_boxes[K.index].mask;  // only now: its latency is hidden
+  };
+  // Issues the mask of the current box as a product.
+  auto issue_mask = [&](float (&s)[kKeys / 2], u32 (&hidden)[2][2][2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) hidden_places(hidden[r], window[r], key_boxes[K.index], P.places, P.keys, lane_class);
+    mma_fence();
+    add_mask(s, hidden, base + kPlacesAt, P.places.steps);
   };
   auto issue_values = [&] {
     barrier_wait(v_full + 8 * V.index, V.phase);
@@ -241,35 +251,20 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   };
   auto keys_used = [&] { release(k_empty + 8 * K.index), K.next(kKeyStages); };
   auto values_used = [&] { release(v_empty + 8 * V.index), V.next(kKeyStages); };
-  // The mask of the current key box, while its scores are computed.
+  // The mask of the current key box, bit by bit.
   auto find_mask = [&] {
-    if (box.mask == kNoMask) return;
+    if (box_mask == kNoMask) return;
+    const KeyBox box = key_boxes[K.index];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      if (TEXT && box.mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
+      if (TEXT && box_mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
       else window_mask(mask[r], table, window[r], box, P.keys, lane_class);
     }
   };
-  // Scores to weights; whether the output must be rescaled. After an item's first box maxima are kept where that does.
+  // Scores to weights, with new maxima; whether the output must be rescaled.
   auto weigh = [&](float (&s)[kKeys / 2]) {
-    if (box.mask != kNoMask) hide(s, mask);
+    if (box_mask != kNoMask) hide(s, mask);
     return softmax(s, rows, P.scale_log2);
-  };
-  auto weigh_next = [&](float (&s)[kKeys / 2], u32 q_rows) {
-    bool again = true;
-    if (box.mask == kNoMask) {
-      if (softmax_kept<false>(s, rows, P.scale_log2, mask, left)) return false;
-    } else if (meets_first_key(rows, mask, left)) {
-      again = false;
-    } else if (softmax_kept<true>(s, rows, P.scale_log2, mask, left)) {
-      return false;
-    }
-    if (again) {
-#pragma unroll
-      for (int i = 0; i < 2 * kMaskWords; i++) asm volatile("" : "+r"(mask[i / kMaskWords][i % kMaskWords]));  // or all bits are kept
-      scores_again(s, q_rows);
-    }
-    return weigh(s);
   };
   // Ends an item: sums, and the log-sum-exp.
   auto write_lse = [&] {
@@ -350,10 +345,24 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     for (int j = 1; j < W.boxes; j++) {
       float s[kKeys / 2];
       issue_scores(s, q_rows);
+      u32 hidden[2][2][2];  // of a mask as a product: row, step, pair
+      if (kMaskProducts && box_mask & kProductMask) issue_mask(s, hidden);
       issue_values();
-      find_mask();
+      // Bit by bit where it is no product, or a row has met no key so far.
+      const bool by_bits = box_mask != kNoMask && (!kMaskProducts || !(box_mask & kProductMask) || has_no_key(rows, left));
+      if (by_bits) find_mask();
       mma_wait<1>(), keep(s);
-      const bool raised = weigh_next(s, q_rows);
+      if (kMaskProducts && box_mask & kProductMask)
+#pragma unroll
+        for (int i = 0; i < 8; i++) asm volatile("" ::"r"(hidden[i / 4][i / 2 % 2][i % 2]));  // until then they were read
+      bool raised = false, fits = false;
+      const bool first_key = by_bits && meets_first_key(rows, mask, left);
+      if (!first_key) {
+        if (by_bits) hide(s, mask);
+        fits = softmax_kept(s, rows, P.scale_log2, box_mask != kNoMask, left);
+        if (!fits) scores_again(s, q_rows), find_mask();
+      }
+      if (!fits) raised = weigh(s);
       keys_used();
       mma_wait<0>(), keep(o);
       values_used();

@@ -50,6 +50,60 @@ __device__ __forceinline__ void count_mask(u32 (&mask)[kMaskWords], int count, i
   }
 }
 
+// ---- Masks as a product, which scores are added to: of what is hidden among the coordinates of a key box (a row's, minus
+// 2^127 each) and coordinates of its columns (2^127 each). Hidden scores become minus infinity, others stay as they are.
+
+// The column of the product that a place stands for: such that a thread holds places lane class + 8 i in its first four
+// elements of a row, and places 4 + lane class + 8 i in its second four.
+__device__ __forceinline__ int place_column(int place, int steps) {
+  const int low = steps == 1 ? place % 4 : place % 8, i = steps == 1 ? place / 4 : place / 8;
+  return low / 4 * 16 + low % 4 * 2 + i % 2 + i / 2 * 8;
+}
+
+// The operand in shared memory: columns' coordinates, kPlaces 16-bit floats each, swizzled. Rows that no box fills have the
+// last place, which is always hidden.
+constexpr bool kMaskProducts = !FLOAT16 && CONSUMERS == 2;  // 2^127 is no float16; three consumers have no registers for it
+constexpr int kPlaces = 32, kPlaceBytes = 2 * kPlaces;
+
+__device__ __forceinline__ void fill_places(unsigned char* to, const Places& places, const int (&keys)[3]) {
+  for (int n = threadIdx.x; n < kKeys; n += blockDim.x) {
+    unsigned char* const row = to + n * kPlaceBytes;
+    for (int i = 0; i < kPlaceBytes / 16; i++) ((int4*)row)[i] = make_int4(0, 0, 0, 0);
+    auto mark = [&](int place) {
+      const int column = place_column(place, places.steps);
+      *(unsigned short*)(row + (column / 8 ^ n / 2 % 4) * 16 + column % 8 * 2) = 0x7f00;
+    };
+    if (n >= keys[0] * keys[1] * keys[2]) mark(16 * places.steps - 1);
+    else {
+      const u32 at = coordinates(n, keys);
+      for (int d = 0; d < 3; d++)
+        if (~places.others[d]) mark(places.first[d] + (at >> 8 * d & 255));
+    }
+  }
+}
+
+// The operand in registers, of one row: two registers for each step.
+__device__ __forceinline__ void hidden_places(
+    u32 (&to)[2][2], const int2 (&window)[3], const KeyBox& box, const Places& places, const int (&keys)[3], int lane_class) {
+  u32 seen = places.seen;
+#pragma unroll
+  for (int d = 0; d < 3; d++) {
+    if (!(box.mask >> d & 1)) continue;
+    const int first = places.first[d], shift = first - box.begin[d];
+    const int begin = max(window[d].x + shift, first), end = min(window[d].y + shift, first + keys[d]);
+    seen &= bits(begin, max(end - begin, 0)) | places.others[d];
+  }
+  if (places.steps == 1) {  // four bits to a byte
+    seen = pick_bytes(seen, 0, 0x4140);
+    seen = (seen | seen << 4) & 0x0f0f0f0f;
+  }
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    const u32 hidden = ~seen << (7 - 4 * step - lane_class);  // ours are the sign bits of bytes
+    to[step][0] = pick_bytes(hidden, 0, 0x9484), to[step][1] = pick_bytes(hidden, 0, 0xb4a4);
+  }
+}
+
 // An accumulator of 16 columns is exactly one operand of the next multiplication, once it has 16-bit floats.
 __device__ __forceinline__ void to_operand(const float (&s)[kKeys / 2], u32 (&p)[kKeys / 4]) {
 #pragma unroll

@@ -50,6 +50,20 @@ __device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (
   for (int i = 0; i < kKeys / 16; i++) mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], values.at(i * 16 * kRowBytes));
 }
 
+// Adds a mask to scores; see masks.cuh. Commits in each branch: after one the compiler would insert an empty product.
+__device__ __forceinline__ void add_mask(float (&s)[kKeys / 2], const u32 (&hidden)[2][2][2], u32 places, int steps) {
+  auto add = [&](int i) {
+    mma_held(s, hidden[0][i][0], hidden[1][i][0], hidden[0][i][1], hidden[1][i][1], operand<64>(places + 32 * i, 16, 8 * 64), 1);
+  };
+  if (steps == 1) {
+    add(0);
+    mma_commit();
+  } else {
+    add(0), add(1);
+    mma_commit();
+  }
+}
+
 __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int column, int c1, int c2, int c3, int c4) {
 #pragma unroll
   for (int i = 0; i < kChunks; i++) tensor_load(to + i * kKeyChunk, map, bar, column + i * kColumns, c1, c2, c3, c4);

@@ -33,6 +33,22 @@ __device__ __forceinline__ void store_four(u32 to, float a, float b, float c, fl
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
+// ---- bits and bytes
+
+// `count` bits from bit `first` on; none beyond the word.
+__device__ __forceinline__ u32 bits(u32 first, u32 count) {
+  u32 r;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(r) : "r"(first), "r"(count));
+  return r;
+}
+
+// Four bytes out of eight, each as chosen by four bits, of which the highest asks for eight copies of the byte's sign.
+__device__ __forceinline__ u32 pick_bytes(u32 low, u32 high, u32 choice) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(choice));
+  return r;
+}
+
 // ---- matrix multiplication of a warp: c[16, 8] += a[16, 16] b[16, 8]
 
 __device__ __forceinline__ void mma_warp(float* c, const u32* a, const u32* b) {

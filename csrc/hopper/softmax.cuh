@@ -54,8 +54,13 @@ __device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], Rows& rows, float
   return raised;
 }
 
-// Whether some row of the warp sees keys for the first time. A row r of the thread counts if 8 r < left: in others there is
+// Whether some row of the warp has seen no key so far. A row r of the thread counts if 8 r < left: in others there is
 // something left over from other items, which must not decide.
+__device__ __forceinline__ bool has_no_key(const Rows& rows, int left) {
+  return __any_sync(~0u, (rows.maximum[0] == MINUS_INFINITY && left > 0) || (rows.maximum[1] == MINUS_INFINITY && left > 8));
+}
+
+// Whether some row of the warp sees keys for the first time.
 __device__ __forceinline__ bool meets_first_key(const Rows& rows, const u32 (&mask)[2][kMaskWords], int left) {
   bool meets = false;
 #pragma unroll
@@ -74,15 +79,13 @@ constexpr float kLargestSum = FLOAT16 ? 0x1p12f : 0x1p40f;
 
 // The same with the maxima as they are, which needs no pass over the scores to find them: exponentials start at once. Returns
 // false if that will not do for some row of the warp; then its scores are lost, and its rows are as before.
-template <bool kMasked>
-__device__ __forceinline__ bool softmax_kept(float (&s)[kKeys / 2], Rows& rows, float scale, const u32 (&mask)[2][kMaskWords], int left) {
-  if (kMasked) hide(s, mask);
+__device__ __forceinline__ bool softmax_kept(float (&s)[kKeys / 2], Rows& rows, float scale, bool masked, int left) {
   float sum[2];
   bool fits = true;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     // Without a key so far nothing weighs anything if all is hidden (meets_first_key); else all weighs infinitely much.
-    const float shift = kMasked && rows.maximum[r] == MINUS_INFINITY ? -MINUS_INFINITY : rows.maximum[r] * scale;
+    const float shift = masked && rows.maximum[r] == MINUS_INFINITY ? -MINUS_INFINITY : rows.maximum[r] * scale;
     sum[r] = weights(s, r, scale, shift);
     fits &= sum[r] <= kLargestSum || left <= 8 * r;  // false for NaN
   }

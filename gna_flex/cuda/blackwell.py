@@ -78,7 +78,9 @@ class BlackwellConfig(KernelConfig):
         return ARCHITECTURES.get(capability, FAMILY)
 
     @classmethod
-    def defaults(cls, head_dim: int, capability: Capability = (10, 0)) -> tuple[BlackwellConfig, ...]:
+    def defaults(
+        cls, head_dim: int, capability: Capability = (10, 0), text: bool = False
+    ) -> tuple[BlackwellConfig, ...]:
         """One configuration: as many slots as shared memory has room for.
 
         >>> [(config.head_dim, config.key_stages) for config in BlackwellConfig.defaults(40)]
@@ -87,7 +89,9 @@ class BlackwellConfig(KernelConfig):
         return (cls._with_keys(128, head_dim, capability),)
 
     @classmethod
-    def variants(cls, head_dim: int, capability: Capability = (10, 0)) -> tuple[BlackwellConfig, ...]:
+    def variants(
+        cls, head_dim: int, capability: Capability = (10, 0), text: bool = False
+    ) -> tuple[BlackwellConfig, ...]:
         """Configurations worth measuring: the default one, smaller slots, and another share of polynomials.
 
         >>> [(config.keys, config.polynomial) for config in BlackwellConfig.variants(128)]

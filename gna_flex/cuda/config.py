@@ -70,6 +70,11 @@ class KernelConfig(ABC):
     def shared_bytes(self) -> int:
         """Shared memory of one CTA, as the kernel lays it out."""
 
+    @property
+    def box_time(self) -> float:
+        """Time of a key box, in those of one with as many keys that two boxes of queries share."""
+        return 1.0
+
     @classmethod
     @abstractmethod
     def arch(cls, capability: Capability) -> str:
@@ -77,12 +82,12 @@ class KernelConfig(ABC):
 
     @classmethod
     @abstractmethod
-    def defaults(cls, head_dim: int, capability: Capability) -> tuple[KernelConfig, ...]:
+    def defaults(cls, head_dim: int, capability: Capability, text: bool = False) -> tuple[KernelConfig, ...]:
         """Configurations for a head dim; tiles of the least estimated cost decide between them."""
 
     @classmethod
     @abstractmethod
-    def variants(cls, head_dim: int, capability: Capability) -> tuple[KernelConfig, ...]:
+    def variants(cls, head_dim: int, capability: Capability, text: bool = False) -> tuple[KernelConfig, ...]:
         """Configurations worth measuring: the default ones, and others that fit shared memory and registers."""
 
     @classmethod

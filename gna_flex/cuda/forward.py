@@ -23,15 +23,19 @@ from gna_flex.cuda.config import Capability, KernelConfig
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.shapes import choose, cost
 from gna_flex.cuda.tables import (
+    BOXES,
+    FREE_BOXES,
     LENGTHS,
     PLAIN,
     KernelTiles,
+    Triple,
     class_lengths,
     padded_dims,
     text_item_count,
     window_table,
     work_records,
 )
+from gna_flex.intervals import ceil_div
 from gna_flex.kernels import FLOAT8, kernel_for, lasting, output_type
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
@@ -44,6 +48,9 @@ REMEMBERED_CALLS = 256
 SUM_COLUMNS = 32
 """Columns of a row of shared memory that holds sums, in float32."""
 LOG2_E = math.log2(math.e)
+FULL_WORD = (1 << 32) - 1
+STEP, MOST_STEPS = 16, 2
+"""Columns of a step of a mask as a product, and how many steps there may be; see ``csrc/hopper/masks.cuh``."""
 SMALLEST_SCALE = 2e-38
 """Stands for a scale of 0, which would turn masked scores of minus infinity into NaN; all weights are still equal."""
 
@@ -57,6 +64,39 @@ class Address(ctypes.Structure):
         ("batch_place", ctypes.c_int),
         ("group_column", Int3),
     )
+
+
+class Places(ctypes.Structure):
+    """``Places`` of ``csrc/common/records.cuh``."""
+
+    _fields_ = (
+        ("steps", ctypes.c_int),
+        ("first", Int3),
+        ("others", ctypes.c_uint * 3),
+        ("seen", ctypes.c_uint),
+    )
+
+    @classmethod
+    def of(cls, kv_tile: Triple, kv_slots: int, hides: Sequence[bool]) -> Places:
+        """For key boxes that hide keys in some dimensions, in slots of which they may leave a part.
+
+        >>> places = Places.of((6, 4, 4), 96, (True, True, True))
+        >>> places.steps, list(places.first), hex(places.others[1])
+        (1, [0, 6, 10], '0xfffffc3f')
+        >>> Places.of((1, 1, 128), 128, (False, False, True)).steps
+        0
+        """
+        first, others, used = [0, 0, 0], [FULL_WORD] * 3, 0
+        for axis, (side, hidden) in enumerate(zip(kv_tile, hides, strict=True)):
+            if hidden:
+                first[axis], others[axis] = used, FULL_WORD & ~(((1 << side) - 1) << used)
+                used += side
+        rest = math.prod(kv_tile) < kv_slots
+        steps = ceil_div(used + rest, STEP)
+        if steps > MOST_STEPS:
+            return cls(0)
+        seen = FULL_WORD & ~(rest << STEP * steps - 1) if steps else FULL_WORD
+        return cls(steps, Int3(*first), (ctypes.c_uint * 3)(*others), seen)
 
 
 @functools.lru_cache(maxsize=16)
@@ -75,6 +115,7 @@ def parameters(map_sets: int) -> type[ctypes.Structure]:
             ("window_row", Int3 * map_sets),
             ("token_stride", Int3),
             ("group_stride", Int3),
+            ("places", Places),
             ("grid_token", ctypes.c_int),
             ("text_tokens", ctypes.c_int * 2),
             ("text_token", ctypes.c_int * 2),
@@ -100,6 +141,11 @@ class Request:
     config: KernelConfig | None = None
     capability: Capability = (9, 0)
     float8: bool = False
+
+    @property
+    def text(self) -> bool:
+        """Whether there are text tokens."""
+        return any(gna.text_first or gna.text_last for gna in self.gnas)
 
     @property
     def kernel(self) -> type[KernelConfig]:
@@ -181,6 +227,9 @@ class Plan:
         params.items_per_head, params.window_rows = len(records[0]), len(windows[0][0])
         params.tokens = self.gna.tokens
         tiles = self.tiles
+        table = np.concatenate(records)
+        hides = np.any(table[:, BOXES] != table[:, FREE_BOXES], axis=0)
+        params.places = Places.of(tiles.kv_tile, tiles.kv_slots, hides.tolist())
         params.text_items = text_item_count(self.gna, tiles.groups, tiles.rows)
         params.box, params.keys = Int3(*tiles.box), Int3(*tiles.kv_tile)
         params.beside = Int3(*(tiles.box[axis] if axis == tiles.split else 0 for axis in range(3)))
@@ -372,9 +421,9 @@ def estimated(request: Request) -> tuple[KernelConfig, KernelTiles]:
     """Configuration and tiles of the least estimated cost, where the request leaves them open."""
     gnas = tuple(dict.fromkeys(request.gnas))
     known = request.config
-    configs = (known,) if known else request.kernel.defaults(request.head_dim, request.capability)
+    configs = (known,) if known else request.kernel.defaults(request.head_dim, request.capability, request.text)
     shapes = [(config, request.tiles or choose(gnas, config.keys, config.groups, config.rows)) for config in configs]
-    return min(shapes, key=lambda shape: cost(gnas, shape[1]))
+    return min(shapes, key=lambda shape: cost(gnas, shape[1]) * shape[0].box_time)
 
 
 @functools.lru_cache(maxsize=256)

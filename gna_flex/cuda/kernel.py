@@ -51,13 +51,23 @@ class Config(KernelConfig):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> Config(128).shared_bytes
-        199440
+        207632
         """
         mask_words = -(-self.keys // 128)
         queries = self.query_stages * self.consumers * ROWS * self.head_dim * 2
         keys = 2 * self.key_stages * self.keys * self.head_dim * 2
-        tables = (self.keys + 5) * 16 * mask_words + 4 * ROWS + 2 * WORK_BYTES + 16 * self.key_stages
+        places = 64 * self.keys * (not self.float16 and self.consumers == 2)
+        tables = places + (self.keys + 5) * 16 * mask_words + 4 * ROWS + 2 * WORK_BYTES + 16 * self.key_stages
         return queries + keys + tables + 8 * (2 * 2 + 2 * self.query_stages + 4 * self.key_stages)
+
+    @property
+    def box_time(self) -> float:
+        """Time of a key box: of three consumers 1.33 times as much, measured at head dim 64.
+
+        >>> Config(64, 112, consumers=3).box_time
+        1.33
+        """
+        return 1.33 if self.consumers == 3 else 1.0
 
     @classmethod
     def arch(cls, capability: Capability) -> str:
@@ -65,11 +75,12 @@ class Config(KernelConfig):
         return "sm_90a"
 
     @classmethod
-    def defaults(cls, head_dim: int, capability: Capability = (9, 0)) -> tuple[Config, ...]:
+    def defaults(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
         """Configurations for a head dim; tiles of the least estimated cost decide between them.
 
-        Measured on an H200: 3 warpgroups and 112 keys beat 2 and 192 by 15 % at head dim 64, and more than 128 keys at
-        head dim 128 leave too few registers.
+        Measured on H100s and H200s. Head dim 128: 144 keys beat 128 by 2 % where boxes need no mask and by more where
+        most do; beyond that registers are short. Head dim 64: 3 warpgroups and 112 keys beat 2 and 192 by 15 %, but
+        for windows of few boxes.
         """
         padded = cls.padded(head_dim)
         if padded == 192:
@@ -77,22 +88,24 @@ class Config(KernelConfig):
         if padded == 256:
             return (Config(padded, keys=64, query_stages=1),)
         if padded == 64:
-            return tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
-        return tuple(Config(padded, keys, holds_queries=_holds(padded, keys)) for keys in (128, 96))
+            crowd = tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
+            return *crowd, Config(padded, 192), Config(padded, 144)
+        sizes = (128, 144, 96) if padded == 128 else (128, 96)
+        return tuple(Config(padded, keys, holds_queries=_holds(padded, keys, text)) for keys in sizes)
 
     @classmethod
-    def variants(cls, head_dim: int, capability: Capability = (9, 0)) -> tuple[Config, ...]:
+    def variants(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
         """Configurations worth measuring: the default ones, and others that fit shared memory and registers.
 
         >>> [(config.keys, config.consumers) for config in Config.variants(64)]
-        [(112, 3), (96, 3), (192, 2), (160, 2), (144, 2), (128, 2)]
+        [(112, 3), (96, 3), (192, 2), (144, 2), (160, 2), (128, 2)]
         """
-        defaults = cls.defaults(head_dim)
+        defaults = cls.defaults(head_dim, capability, text)
         padded = cls.padded(head_dim)
         keys = [n for n in SLOTS if n not in {config.keys for config in defaults}]
         # Output and scores in float32, weights in half as many registers.
         keys = [n for n in keys if padded // 2 + n * 3 // 4 <= MOST_REGISTERS]
-        others = [Config(padded, n, holds_queries=_holds(padded, n)) for n in keys]
+        others = [Config(padded, n, holds_queries=_holds(padded, n, text)) for n in keys]
         others = [c if c.shared_bytes <= SHARED_LIMIT else replace(c, query_stages=1) for c in others]
         return *defaults, *(config for config in others if config.shared_bytes <= SHARED_LIMIT)
 
@@ -116,13 +129,13 @@ class Config(KernelConfig):
         )
 
 
-def _holds(head_dim: int, keys: int) -> bool:
+def _holds(head_dim: int, keys: int, text: bool) -> bool:
     """Whether queries are held in registers by default: where it was measured to pay, and consumers have enough.
 
-    >>> _holds(128, 128), _holds(128, 144), _holds(64, 96)
+    >>> _holds(128, 128, True), _holds(128, 128, False), _holds(128, 144, True)
     (True, False, False)
     """
-    return head_dim == 128 and keys <= 128
+    return text and head_dim == 128 and keys <= 128
 
 
 def multiply_shared(name: str, columns: int, kind: str, transposed: bool = False) -> str:

@@ -36,11 +36,11 @@ Gnas = GNA | tuple[GNA, ...]
 """One GNA for all heads, or one per head with the same layout, dilation and text."""
 
 MASK_COST = 0.1
-"""What a masked key box costs more than one without a mask: 0.06 to 0.12 measured on an H200, head dim 128."""
+"""What a masked key box costs more than one without a mask: 0.05 to 0.11 measured on an H100, with 128 or 144 keys."""
 ITEM_COST = 1.5
 """What starting and ending a work item costs, in boxes of 128 keys, on the same machine."""
-UNSAVED = 0.06
-"""How much of a key costs time even where it is left out of 128: boxes of 96 were 3 % slower than their share."""
+FIXED_KEYS = 16
+"""What a box costs beside its keys, in keys: 12 to 20 fitted to boxes of 96, 128 and 144 keys on an H100."""
 SLOTS = (128, 160, 144, 112, 96)
 """Key rows of a slot that are worth trying, by preference between equal estimates.
 
@@ -94,10 +94,10 @@ def cost(gnas: Gnas, tiles: KernelTiles, mask_cost: float = MASK_COST, item_cost
 def box_cost(kv_slots: int) -> float:
     """Time of a key box with that many keys, in those of a box of 128.
 
-    >>> box_cost(128), box_cost(64), box_cost(160)
-    (1.0, 0.53, 1.25)
+    >>> box_cost(128), round(box_cost(64), 3), round(box_cost(144), 3)
+    (1.0, 0.556, 1.111)
     """
-    return (kv_slots + UNSAVED * max(0, 128 - kv_slots)) / 128
+    return (kv_slots + FIXED_KEYS) / (128 + FIXED_KEYS)
 
 
 class Candidate(NamedTuple):
@@ -121,7 +121,7 @@ def candidates(
     best are often almost the same; at most ``limit`` in all.
 
     >>> [best.tiles.kv_slots for best in candidates(GNA((256, 256), window=80, stride=16), per_slots=1, limit=2)]
-    [128, 160]
+    [160, 128]
     """
     found = [best for size in slots for best in _best(gnas, size, groups, rows, per_slots)]
     return sorted(found, key=lambda candidate: candidate.cost)[:limit]

@@ -221,11 +221,10 @@ def candidates(request: Request) -> list[Shapes]:
     """
     gnas = tuple(dict.fromkeys(request.gnas))
     found: list[tuple[int, float, Shapes]] = []
-    for config in request.kernel.variants(request.head_dim, request.capability):
+    for config in request.kernel.variants(request.head_dim, request.capability, request.text):
         most = (TILES_PER_CONFIG, TILES_PER_CONFIG)
         best = shapes.candidates(gnas, config.groups, (config.keys,), *most, config.rows)
-        # Estimates are in key boxes, which take longer the more boxes of queries share them.
-        found += [(place, one.cost * config.groups, (config, one.tiles)) for place, one in enumerate(best)]
+        found += [(place, one.cost * config.box_time, (config, one.tiles)) for place, one in enumerate(best)]
     found.sort(key=lambda entry: entry[:2])
     return list(dict.fromkeys([estimated(request), *(entry[2] for entry in found)]))[:MOST_CANDIDATES]
 
@@ -432,7 +431,7 @@ def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
     if facts["name"] != path.name:
         raise ValueError(f"it was written as {facts['name']!r}")
     kernel = request.kernel
-    known = kernel.variants(request.head_dim, request.capability)
+    known = kernel.variants(request.head_dim, request.capability, request.text)
     config = known[known.index(kernel(**facts["config"]))]
     sides: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in facts["tiles"].items()}
     tiles = KernelTiles(**sides)

@@ -186,6 +186,30 @@ def extract_bits(program: Program, ins: Instruction) -> Run:
     return general(program, ins, run, np.uint32, [np.uint32] * 3)
 
 
+@opcode("bmsk.clamp.b32")
+def mask_of_bits(program: Program, ins: Instruction) -> Run:
+    def run(start: np.ndarray, length: np.ndarray) -> Any:
+        start, length = (np.minimum(x, 32).astype(np.uint64) for x in (start, length))
+        return ((((np.uint64(1) << length) - np.uint64(1)) << start) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+    return general(program, ins, run, np.uint32, [np.uint32] * 2)
+
+
+@opcode("prmt.b32")
+def choose_bytes(program: Program, ins: Instruction) -> Run:
+    def run(a: np.ndarray, b: np.ndarray, choice: np.ndarray) -> Any:
+        both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+        result = np.zeros_like(both)
+        for i in range(4):
+            which = choice.astype(np.uint64) >> np.uint64(4 * i)
+            byte = both >> ((which & 7) * 8) & 255
+            byte = np.where(which & 8, (byte >> 7) * 255, byte)  # eight copies of its sign
+            result |= byte << np.uint64(8 * i)
+        return result.astype(np.uint32)
+
+    return general(program, ins, run, np.uint32, [np.uint32] * 3)
+
+
 @opcode("selp")
 def select(program: Program, ins: Instruction) -> Run:
     kind = last_type(ins)
