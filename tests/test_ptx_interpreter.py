@@ -105,6 +105,12 @@ INTEGERS: dict[str, Callable[[int, int], int]] = {
     "shr.s32 %r4, %r2, %r3;": lambda x, y: signed(x) >> y,
     "bfi.b32 %r4, %r2, %r3, 4, 9;": lambda x, y: y & ~0x1FF0 | (x & 0x1FF) << 4,
     "bfe.u32 %r4, %r2, 4, 9;": lambda x, y: x >> 4 & 0x1FF,
+    "and.b32 %r5, %r3, 63; bmsk.clamp.b32 %r4, %r2, %r5;": lambda x, y: ((1 << min(y & 63, 32)) - 1) << min(x, 32),
+    "bmsk.clamp.b32 %r4, 7, %r3;": lambda x, y: ((1 << min(y, 32)) - 1) << 7,
+    "prmt.b32 %r4, %r2, %r3, 0x3614;": lambda x, y: (
+        y & 255 | (x >> 8 & 255) << 8 | (y >> 16 & 255) << 16 | (x >> 24) << 24
+    ),
+    "prmt.b32 %r4, %r2, 0, 0x9484;": lambda x, y: (x >> 7 & 1) * 0xFF00 | (x >> 15 & 1) * 0xFF000000,
     "setp.lt.s32 %p1, %r2, %r3; selp.b32 %r4, %r2, %r3, %p1;": lambda x, y: x if signed(x) < signed(y) else y,
     "setp.lt.u32 %p1, %r2, %r3; selp.b32 %r4, %r2, %r3, %p1;": min,
     "setp.ge.u32 %p2, %r2, 9; setp.eq.and.s32 %p1, %r2, %r3, %p2; selp.u32 %r4, 1, 0, %p1;": lambda x, y: int(

@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
 import pytest
+import torch
 from machine_code import needs_nvrtc
 
 needs_nvrtc()
 
-from kernel_problems import BLACKWELL, FEATURES, HOPPER, check, tiles  # noqa: E402
+from helpers import dense_mask  # noqa: E402
+from kernel_problems import BLACKWELL, FEATURES, HOPPER, Problem, check, launched, tiles  # noqa: E402
 from ptx.errors import RaceError  # noqa: E402
 
+from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.blackwell import HEAD_DIMS  # noqa: E402
+from gna_flex.cuda.forward import Places  # noqa: E402
+from gna_flex.cuda.kernel import Config  # noqa: E402
+from gna_flex.cuda.tables import KernelTiles  # noqa: E402
 
 PROBLEMS = {f"hopper, {name}": problem for name, problem in HOPPER.items()}
 PROBLEMS |= {f"blackwell, {name}": problem for name, problem in BLACKWELL.items()}
@@ -45,6 +52,25 @@ def test_scores_are_computed_again_only_where_a_maximum_does_not_last(holds: boo
         problem = HOPPER[name]
         machine = check(problem._replace(config=replace(problem.config, holds_queries=holds)), 0)
         assert (machine.warp_products > 0) == (name in again), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("kv_tile", "steps"), [((1, 4, 8), 1), ((1, 2, 16), 2)])
+def test_what_hidden_keys_are_reaches_nobody(value: float, kv_tile: tuple[int, int, int], steps: int) -> None:
+    """Masks are added to scores: where that gives no number, the box is computed again, and keys are left out."""
+    gna = GNA((8, 32), (5, 9))
+    assert Places.of(kv_tile, 32, (False, True, True)).steps == steps
+    problem = Problem(gna, Config(64, 32), KernelTiles((1, 4, 16), 2, 1, kv_tile, 32))
+    q, k, v = problem.tensors()
+    wanted, _, _ = launched(problem, 0, (q, k, v))
+    k = k.clone()
+    token = 3 * 32 + 20
+    k[:, :, token] = value
+    out, _, machine = launched(problem, 0, (q, k, v))
+    sees = torch.tensor(dense_mask(gna))[:, token]
+    assert machine.warp_products > 0
+    assert 0 < sees.sum() < len(sees)
+    torch.testing.assert_close(out[:, :, ~sees], wanted[:, :, ~sees], atol=2**-8, rtol=2**-6)
 
 
 CORRECTION = range(8, 12)

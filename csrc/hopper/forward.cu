@@ -15,6 +15,9 @@
 // over the scores of every box to find its maximum took 5 to 11 % of the time, as exponentials had to wait for it. Should a
 // weight become too large after all, its warp computes scores once more and raises the maximum.
 //
+// Where it can be, a mask is added to scores by the tensor cores (masks.cuh). Bit by bit keys are hidden in first boxes of items,
+// where a row has met no key, in boxes with long sides, of text, and in scores that are computed once more: a NaN ends up there.
+//
 // With HOLDS_QUERIES products of scores read a third less from shared memory. The next item's queries are taken from their
 // slot while the last values are multiplied, and then the output of this item enters it.
 //

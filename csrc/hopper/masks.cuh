@@ -51,7 +51,9 @@ __device__ __forceinline__ void count_mask(u32 (&mask)[kMaskWords], int count, i
 }
 
 // ---- Masks as a product, which scores are added to: of what is hidden among the coordinates of a key box (a row's, minus
-// 2^127 each) and coordinates of its columns (2^127 each). Hidden scores become minus infinity, others stay as they are.
+// 2^127 each) and coordinates of its columns (2^127 each). Hidden scores become minus infinity, others stay as they are. Not in
+// float16, which has no 2^127, nor for three consumers, which have no registers to spare.
+constexpr bool kMaskProducts = !FLOAT16 && CONSUMERS == 2;
 
 // The column of the product that a place stands for: such that a thread holds places lane class + 8 i in its first four
 // elements of a row, and places 4 + lane class + 8 i in its second four.
@@ -62,7 +64,6 @@ __device__ __forceinline__ int place_column(int place, int steps) {
 
 // The operand in shared memory: columns' coordinates, kPlaces 16-bit floats each, swizzled. Rows that no box fills have the
 // last place, which is always hidden.
-constexpr bool kMaskProducts = !FLOAT16 && CONSUMERS == 2;  // 2^127 is no float16; three consumers have no registers for it
 constexpr int kPlaces = 32, kPlaceBytes = 2 * kPlaces;
 
 __device__ __forceinline__ void fill_places(unsigned char* to, const Places& places, const int (&keys)[3]) {
