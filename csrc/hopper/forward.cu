@@ -42,7 +42,8 @@ constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kHeadDim >= 128 ? 40 :
 // Shared memory: columns of one chunk lie side by side (kRowBytes a row, swizzled), chunk after chunk.
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kValues = kKeysAt + kKeyStages * kKeyBytes,
-              kPlacesAt = kValues + kKeyStages * kKeyBytes, kTable = kPlacesAt + kMaskProducts * kKeys * kPlaceBytes, kInBox = kTable + (kKeys + 5) * 16 * kMaskWords, kWork = kInBox + kRows * sizeof(u32),
+              kPlacesAt = kValues + kKeyStages * kKeyBytes, kTable = kPlacesAt + kMaskProducts * kKeys * kPlaceBytes,
+              kInBox = kTable + (kKeys + 5) * 16 * kMaskWords, kWork = kInBox + kRows * sizeof(u32),
               kBoxes = kWork + kRecords * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
               kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
