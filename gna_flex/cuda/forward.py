@@ -216,7 +216,8 @@ class Plan:
             table[:, LENGTHS] = place[table[:, LENGTHS]]
         windows = [window_table(gna) for gna in gnas]
         of_head = np.array([gnas.index(gna) for gna in self.request.gnas], np.int32)
-        arrays = np.concatenate(records), np.concatenate([rows for rows, _ in windows]), of_head
+        items = np.concatenate(records)
+        arrays = items, np.concatenate([rows for rows, _ in windows]), of_head
         self.items, self.windows, heads = lasting(lambda: [torch.from_numpy(array).to(device) for array in arrays])
         self.gna_of_head = heads if len(gnas) > 1 else None
         dims = padded_dims(self.gna)
@@ -227,8 +228,7 @@ class Plan:
         params.items_per_head, params.window_rows = len(records[0]), len(windows[0][0])
         params.tokens = self.gna.tokens
         tiles = self.tiles
-        table = np.concatenate(records)
-        hides = np.any(table[:, BOXES] != table[:, FREE_BOXES], axis=0)
+        hides = np.any(items[:, BOXES] != items[:, FREE_BOXES], axis=0)
         params.places = Places.of(tiles.kv_tile, tiles.kv_slots, hides.tolist())
         params.text_items = text_item_count(self.gna, tiles.groups, tiles.rows)
         params.box, params.keys = Int3(*tiles.box), Int3(*tiles.kv_tile)
