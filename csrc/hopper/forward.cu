@@ -211,7 +211,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
                                   : P.windows[W.windows + P.window_row[W.lengths][d] + min(position(r, d), length - 1)];
       }
   };
-  // Issues the scores of the next key box, and the last weights times the next values.
+  // Issues the scores of the next key box.
   auto issue_scores = [&](float (&s)[kKeys / 2], u32 q_rows) {
     barrier_wait(k_full + 8 * K.index, K.phase);
     keep(s), mma_fence();
@@ -221,13 +221,14 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     mma_commit();
     box_mask = key_boxes[K.index].mask;  // only now: its latency is hidden
   };
-  // Issues the mask of the current box as a product.
+  // Issues the mask of that box as a product.
   auto issue_mask = [&](float (&s)[kKeys / 2], u32 (&hidden)[2][2][2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) hidden_places(hidden[r], window[r], key_boxes[K.index], P.places, P.keys, lane_class);
     mma_fence();
     add_mask(s, hidden, base + kPlacesAt, P.places.steps);
   };
+  // Issues the last weights times the next values.
   auto issue_values = [&] {
     barrier_wait(v_full + 8 * V.index, V.phase);
     keep(o), mma_fence();

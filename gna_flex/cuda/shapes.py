@@ -38,7 +38,7 @@ Gnas = GNA | tuple[GNA, ...]
 MASK_COST = 0.1
 """What a masked key box costs more than one without a mask: 0.05 to 0.11 measured on an H100, with 128 or 144 keys."""
 ITEM_COST = 1.5
-"""What starting and ending a work item costs, in boxes of 128 keys, on the same machine."""
+"""What starting and ending a work item costs, in boxes of 128 keys, measured on an H200."""
 FIXED_KEYS = 16
 """What a box costs beside its keys, in keys: 12 to 20 fitted to boxes of 96, 128 and 144 keys on an H100."""
 SLOTS = (128, 160, 144, 112, 96)
