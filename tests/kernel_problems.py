@@ -219,6 +219,36 @@ HOPPER = {name: Problem(gnas, *shapes, **rest) for name, (gnas, shapes, _, rest)
     "three warpgroups": Problem(
         GNA((10, 9), (5, 5)), Config(64, 48, consumers=3, key_stages=3), KernelTiles((1, 4, 9), 3, 1, (1, 5, 9), 48)
     ),
+    "two shapes of key boxes": Problem(
+        GNA((20, 20), (5, 9)),
+        Config(64, 32),
+        KernelTiles((1, 4, 8), 2, 1, (1, 8, 4), 32, kv_rest=(1, 4, 8), rest_axis=1),
+    ),
+    "two shapes, strides, whole boxes of both": Problem(
+        GNA((12, 24), (12, 12), (4, 8)),
+        Config(64, 32),
+        KernelTiles((1, 4, 8), 2, 1, (1, 4, 8), 32, kv_rest=(1, 8, 4), rest_axis=2),
+        heads=2,
+        blocks=2,
+    ),
+    "two shapes, text, queries held": Problem(
+        GNA((20, 20), (5, 9), text_first=5, text_last=40),
+        Config(64, 32, holds_queries=True, query_stages=1),
+        KernelTiles((1, 4, 8), 2, 1, (1, 8, 4), 32, kv_rest=(1, 4, 8), rest_axis=1),
+    ),
+    "two shapes, dilation, slots that they do not fill": Problem(
+        GNA((9, 22), (3, 7), dilation=(1, 2)),
+        Config(32, 32, float16=True),
+        KernelTiles((1, 4, 8), 2, 1, (1, 5, 6), 32, kv_rest=(1, 10, 3), rest_axis=2),
+        dtype=HALF,
+    ),
+    "two shapes, 3-D, a window per head, masks of several words": Problem(
+        (GNA((5, 13, 15), (3, 8, 9)), GNA((5, 13, 15), (2, 13, 4))),
+        Config(32, 144),
+        KernelTiles((2, 4, 8), 2, 2, (2, 6, 12), 144, kv_rest=(2, 24, 3), rest_axis=2),
+        heads=2,
+        key_heads=2,
+    ),
     "one query slot": Problem(GNA((8, 20), (3, 5)), Config(32, 32, query_stages=1), TWO, heads=2),
     "maxima that do not last": Problem(GNA((8, 16), (5, 9)), Config(64, 32), TWO, heads=2, key_heads=2, scale=30.0),
     "maxima that do not last, float16, text, head dim 96": Problem(

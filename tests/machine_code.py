@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gna_flex.cuda import forward, tables
+from gna_flex.cuda.config import KernelConfig, work_bytes
 
 
 def needs_nvrtc() -> None:
@@ -26,11 +27,14 @@ def needs_nvrtc() -> None:
         pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
 
 
-def layout_checks(shared_bytes: int, map_sets: int, text: bool) -> str:
+def layout_checks(config: KernelConfig) -> str:
     """Assertions that the compiler itself checks: sizes and offsets of what the host fills in."""
-    facts = {"kSharedBytes": shared_bytes, "sizeof(Item)": 4 * tables.COLUMNS}
-    facts["sizeof(Maps)"] = 128 * 4 * (map_sets + 2 * text)
-    for name, structure in (("Params", forward.parameters(map_sets)), ("Address", forward.Address)):
+    columns = tables.COLUMNS + tables.REST_COLUMNS * (config.key_shapes > 1)
+    facts = {"kSharedBytes": config.shared_bytes, "sizeof(Item)": 4 * columns}
+    maps = 4 * config.maps + 2 * config.map_sets * (config.key_shapes - 1)
+    facts |= {"sizeof(Maps)": 128 * maps, "sizeof(Work)": work_bytes(config.key_shapes)}
+    params = forward.parameters(config.map_sets, config.key_shapes)
+    for name, structure in (("Params", params), ("Address", forward.Address)):
         facts[f"sizeof({name})"] = ctypes.sizeof(structure)
         for field, *_ in structure._fields_:
             # What offsetof stands for; older versions of the compiler have no builtin for it.

@@ -68,7 +68,7 @@ configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 @functools.cache
 def built(config: BlackwellConfig, arch: str = "sm_100a") -> jit.Cubin:
     """The kernel, plus what the compiler itself checks: sizes and offsets that Python relies on."""
-    text = config.source() + layout_checks(config.shared_bytes, config.map_sets, config.text)
+    text = config.source() + layout_checks(config)
     return jit.compile(text, arch=arch, defines=config.defines(), name="blackwell_forward.cu", include=config.include())
 
 
@@ -109,8 +109,8 @@ def test_older_architectures_refuse_it():
 def test_python_and_cuda_agree_or_it_does_not_compile():
     """The checks of :func:`built` are no empty words."""
     config = BlackwellConfig(128)
-    wrong = config.source() + layout_checks(config.shared_bytes + 16, 1, text=False)
-    with pytest.raises(jit.CompileError, match=f"Python has {config.shared_bytes + 16}"):
+    wrong = config.source() + layout_checks(replace(config, map_sets=2))
+    with pytest.raises(jit.CompileError, match=f"Python has {4 * 2 * 128}"):
         jit.compile(wrong, arch="sm_100a", defines=config.defines(), include=config.include())
 
 

@@ -35,6 +35,8 @@ CONFIGS = [
     *(replace(config, dilated=True, map_sets=3) for config in DEFAULTS),
     *(replace(config, dilated=True, map_sets=9) for config in TEXT),
     *(replace(config, float16=True) for config in DEFAULTS),
+    *(replace(config, key_shapes=2) for config in [*DEFAULTS, *TEXT]),
+    *(replace(config, key_shapes=2, dilated=True, map_sets=3) for config in DEFAULTS),
     *(fitting(Config(128, keys=keys)) for keys in (112, 160)),
     *(fitting(Config(128, keys=keys, dilated=True, text=True, map_sets=3)) for keys in (96, 160)),
     Config(128, 112, holds_queries=True),
@@ -73,6 +75,7 @@ def has_mask_products(config: Config) -> bool:
 
 def name_of(config: Config) -> str:
     parts = [f"d{config.head_dim}", f"k{config.keys}", *([f"m{config.map_sets}"] if config.dilated else [])]
+    parts += ["two-shapes"] if config.key_shapes > 1 else []
     parts += [f"held{config.query_stages}"] if config.holds_queries else []
     return "-".join([*parts, *(["text"] if config.text else []), *(["f16"] if config.float16 else [])])
 
@@ -83,7 +86,7 @@ configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 @functools.cache
 def built(config: Config) -> jit.Cubin:
     """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
-    source = config.source() + layout_checks(config.shared_bytes, config.map_sets, config.text)
+    source = config.source() + layout_checks(config)
     return jit.compile(source, defines=config.defines(), name="hopper_forward.cu", include=config.include())
 
 

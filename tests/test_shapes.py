@@ -60,7 +60,7 @@ def test_nothing_is_better_than_the_choice(gna, groups, rows):
 )
 def test_table_of_costs_is_the_cost_of_each_shape(rng, groups, kv_slots, rows):
     gna = random_gna(rng, text=(0, 0, 1, 9, 300))
-    search = shapes._search(gna, kv_slots, groups, rows, 0.25, 3.0)
+    search = shapes.search_shapes(gna, kv_slots, groups, rows, 0.25, 3.0)
     assert search.costs.shape == (len(search.queries), len(search.keys))
     for _ in range(5):
         index = rng.randrange(search.costs.size)
@@ -151,7 +151,7 @@ def test_a_window_of_seven_gets_boxes_of_seven():
 def test_heads_share_one_choice():
     wide, narrow = GNA((32, 32), 24, 8), GNA((32, 32), 5)
     tiles = choose((wide, narrow, narrow), 64)
-    least = shapes._search((wide, narrow, narrow), 64, 2, 64, shapes.MASK_COST, shapes.ITEM_COST).costs.min()
+    least = shapes.search_shapes((wide, narrow, narrow), 64, 2, 64).costs.min()
     assert cost((wide, narrow, narrow), tiles) == pytest.approx(least)
     assert cost((wide, narrow, narrow), tiles) == pytest.approx(cost(wide, tiles) + 2 * cost(narrow, tiles))
     for other in (choose(wide, 64), choose(narrow, 64)):

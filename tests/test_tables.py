@@ -14,18 +14,23 @@ from gna_flex import GNA
 from gna_flex.cuda.tables import (
     BOXES,
     COLUMNS,
+    FIRST_SHAPE,
     FREE_BOXES,
-    FREE_START,
     GROUP,
     KEY_START,
     KIND,
     LENGTHS,
     MASKED,
     PLAIN,
+    REST_BOXES,
+    REST_COLUMNS,
+    REST_FREE_BOXES,
+    SECOND_SHAPE,
     START,
     Dim,
     KernelTiles,
     Transposed,
+    boxes_of,
     class_lengths,
     count,
     key_boxes,
@@ -51,7 +56,18 @@ def random_box(rng: random.Random, most: int) -> tuple[int, int, int]:
 def random_tiles(rng: random.Random, rows: int = 64) -> KernelTiles:
     slots = rng.choice([16, 32, 48, 64, 96, 128, 160])
     box = rng.choice([(1, 1, 61), (1, 6, 7), (3, 3, 7), *(random_box(rng, rng.choice([rows, 8])) for _ in range(5))])
-    return KernelTiles(box, rng.randint(1, 4), rng.randint(0, 2), random_box(rng, slots), slots, rows)
+    kv_tile = random_box(rng, slots)
+    rest = random_rest(rng, kv_tile, slots)
+    return KernelTiles(box, rng.randint(1, 4), rng.randint(0, 2), kv_tile, slots, rows, rest, rng.randint(0, 2))
+
+
+def random_rest(rng: random.Random, kv_tile: tuple[int, int, int], slots: int) -> tuple[int, int, int] | None:
+    """A second shape with as many keys, or none."""
+    keys = math.prod(kv_tile)
+    sides = [n for n in range(1, keys + 1) if keys % n == 0]
+    shapes = [(a, b, keys // (a * b)) for a in sides for b in sides if keys // a % b == 0]
+    fitting = [shape for shape in shapes if sum(shape) + sum(kv_tile) < slots]
+    return rng.choice(fitting) if fitting and rng.random() < 0.6 else None
 
 
 def product(*axes: np.ndarray) -> np.ndarray:
@@ -112,11 +128,20 @@ class Kernel:
 
     def key_places(self, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates of all places of all key boxes, ``[m, 3]``, and whether their box is free of masked pairs."""
-        box = product(*(np.arange(n) for n in record[BOXES]))
-        free = ((record[FREE_START] <= box) & (box < record[FREE_START] + record[FREE_BOXES])).all(1)
+        grids = [self.grid_places(record, self.tiles.kv_tile, *FIRST_SHAPE)]
+        if self.tiles.kv_rest:
+            grids.append(self.grid_places(record, self.tiles.kv_rest, *SECOND_SHAPE))
+        keys, free = zip(*grids, strict=True)
+        return np.concatenate(keys), np.concatenate(free)
+
+    def grid_places(
+        self, record: np.ndarray, tile: tuple[int, int, int], start: slice, boxes: slice, first: slice, number: slice
+    ) -> tuple[np.ndarray, np.ndarray]:
+        box = product(*(np.arange(n) for n in record[boxes]))
+        free = ((record[first] <= box) & (box < record[first] + record[number])).all(1)
         assert not free.any() or self.tiles.fills_slots
-        inside = product(*map(np.arange, self.tiles.kv_tile))
-        keys = record[KEY_START] + box[:, None] * self.tiles.kv_tile + inside
+        inside = product(*map(np.arange, tile))
+        keys = record[start] + box[:, None] * tile + inside
         return keys.reshape(-1, 3), np.repeat(free, len(inside))
 
 
@@ -216,9 +241,12 @@ def test_count_is_that_of_the_records(rng):
     gna, tiles = random_gna(rng, text=TEXT), random_tiles(rng)
     records = work_records(gna, tiles)
     assert records.dtype == np.int32
-    assert records.shape[1] == COLUMNS
-    assert not records[:, 21:].any()
+    assert records.shape[1] == COLUMNS + REST_COLUMNS * bool(tiles.kv_rest)
+    assert not records[:, -3:].any()
     boxes, free = (np.prod(records[:, columns], axis=1).sum() for columns in (BOXES, FREE_BOXES))
+    if tiles.kv_rest:
+        boxes += np.prod(records[:, REST_BOXES], axis=1).sum()
+        free += np.prod(records[:, REST_FREE_BOXES], axis=1).sum()
     work = count(gna, tiles)
     assert (work.items, work.text_items) == (len(records), np.count_nonzero(records[:, KIND]))
     assert (work.boxes, work.masked) == (boxes, boxes - free)
@@ -237,7 +265,7 @@ def test_order_of_the_records(rng):
     assert records[is_text][:, [KIND, 2]].tolist() == sorted(records[is_text][:, [KIND, 2]].tolist())
     assert (records[is_text][:, LENGTHS] == PLAIN).all()
     grid = records[~is_text].tolist()
-    cost = [-math.prod(record[BOXES]) * any(gna.causal) for record in grid]
+    cost = [-number * any(gna.causal) for number in boxes_of(records[~is_text])]
     keys = [(c, record[GROUP], record[START]) for c, record in zip(cost, grid, strict=True)]
     assert keys == sorted(keys)
 

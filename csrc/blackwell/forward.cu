@@ -252,8 +252,8 @@ __device__ __forceinline__ void compute_weights(const Cta& C, int tile) {
           masked = true;
           count_mask(mask, box.begin[0]);
         } else if (box.mask != kNoMask) {
-          masked = !__all_sync(~0u, C.box_keys == kKeys && window_holds(window, box, P.keys));
-          if (masked) window_mask(mask, table, window, box, P.keys);
+          masked = !__all_sync(~0u, C.box_keys == kKeys && window_holds(window, box, P.keys[0]));
+          if (masked) window_mask(mask, table, window, box, P.keys[0]);
         }
       }
       C.wait(s_full + tile, S.phase);
@@ -389,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, 1)
 gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  Cta C{maps, P, shared, shared_address(shared), 0, P.keys[0] * P.keys[1] * P.keys[2]};
+  Cta C{maps, P, shared, shared_address(shared), 0, P.keys[0][0] * P.keys[0][1] * P.keys[0][2]};
 
   // Barriers, tensor memory, and rows that no box ever fills: a weight of zero must not meet a NaN there.
   if (threadIdx.x == 0) {
@@ -400,7 +400,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     barrier_init_done();
   }
   if (warp == kMultiply) memory_alloc(C.base + kMemoryAddress);
-  fill_mask_table((u32*)(shared + kTable), P.keys);
+  fill_mask_table((u32*)(shared + kTable), P.keys[0]);
   if (C.box_keys < kKeys) {
     for (u32 i = kRing / 16 + threadIdx.x; i < kTable / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
     fence_async();

@@ -52,6 +52,9 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
   const Item& I = P.items[gna * P.items_per_head + first + i % per_head];
   const bool is_text = TEXT && I.kind;
   int boxes = I.boxes[0] * I.boxes[1] * I.boxes[2];
+#if KEY_SHAPES > 1
+  boxes += I.rest_boxes[0] * I.rest_boxes[1] * I.rest_boxes[2];
+#endif
   if (TEXT)
     for (int i = 0; i < 2; i++) {
       W.text[i] = P.text_valid && !kRowsAreKeys ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
@@ -64,11 +67,18 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
   W.key_head = key_head;
   W.k_column = first_column(P.k, key_head, I.group), W.v_column = first_column(P.v, key_head, I.group);
   W.k_place = key_head * P.k.head_place + b * P.k.batch_place, W.v_place = key_head * P.v.head_place + b * P.v.batch_place;
+  auto walks = [](KeyGrid& G, int d, int side, int key, int boxes, int full_begin, int full, bool from_center) {
+    G.key[d] = key, G.key_end[d] = key + boxes * side;
+    G.full_begin[d] = key + full_begin * side, G.full[d] = full * side;
+    const int center = full ? full_begin + full / 2 : boxes / 2;
+    G.first[d] = key + (from_center ? center * side : 0);
+  };
   for (int d = 0; d < 3; d++) {
-    W.query[d] = I.query[d], W.key[d] = I.key[d], W.key_end[d] = I.key[d] + I.boxes[d] * P.keys[d];
-    W.full_begin[d] = I.key[d] + I.full_begin[d] * P.keys[d], W.full[d] = I.full[d] * P.keys[d];
-    const int center = I.full[d] ? I.full_begin[d] + I.full[d] / 2 : I.boxes[d] / 2;
-    W.key_first[d] = I.key[d] + (kFromCenter ? center * P.keys[d] : 0);
+    W.query[d] = I.query[d];
+    walks(W.grids[0], d, P.keys[0][d], I.key[d], I.boxes[d], I.full_begin[d], I.full[d], kFromCenter);
+#if KEY_SHAPES > 1
+    walks(W.grids[1], d, P.keys[1][d], I.rest_key[d], I.rest_boxes[d], I.rest_full_begin[d], I.rest_full[d], false);
+#endif
   }
   return {I, b, h, is_text};
 }
@@ -90,26 +100,42 @@ __device__ __forceinline__ void load_queries(
   }
 }
 
-// The key boxes of an item: those of the grid in row-major order, around the ends of every dimension, then those of text.
+// The key boxes of an item: those of the grid in row-major order, around the ends of every dimension, then those of its second
+// shape, then those of text.
 struct KeyWalk {
   int c0, c1, c2, set;
+  int shape = 0;  // of boxes of the grid
 
-  __device__ __forceinline__ explicit KeyWalk(const Work& W) : c0(W.key_first[0]), c1(W.key_first[1]), c2(W.key_first[2]), set(W.lengths) {}
+  __device__ __forceinline__ explicit KeyWalk(const Work& W) : set(W.lengths) { begin(W.grids[0]); }
+
+  __device__ __forceinline__ void begin(const KeyGrid& G) { c0 = G.first[0], c1 = G.first[1], c2 = G.first[2]; }
 
   __device__ __forceinline__ bool is_text() const { return TEXT && set >= MAP_SETS; }
 
-  __device__ __forceinline__ void advance(const Work& W, const int (&keys)[3], int box_keys) {
+  __device__ __forceinline__ void advance(const Work& W, const int (&keys)[KEY_SHAPES][3], int box_keys) {
     if (is_text()) {
       if ((c2 += box_keys) >= W.text[0] && set == MAP_SETS) set++, c2 = 0;
       return;
     }
+    const KeyGrid& G = W.grids[shape];
     // One step along a dimension; whether it has gone around.
     auto around = [&](int d, int& c) {
-      if ((c += keys[d]) == W.key_end[d]) c = W.key[d];
-      return c == W.key_first[d];
+      if ((c += keys[shape][d]) == G.key_end[d]) c = G.key[d];
+      return c == G.first[d];
     };
     if (!around(2, c2) || !around(1, c1) || !around(0, c0)) return;
-    if (TEXT) set = MAP_SETS + (W.text[0] == 0), c0 = c1 = c2 = 0;
+    if (KEY_SHAPES > 1 && shape == 0) {
+      const KeyGrid& rest = W.grids[KEY_SHAPES - 1];
+      bool any = true;
+      for (int d = 0; d < 3; d++) any &= rest.key_end[d] > rest.key[d];
+      if (any) return shape = 1, begin(rest);
+    }
+    if (TEXT) set = MAP_SETS + (W.text[0] == 0), shape = c0 = c1 = c2 = 0;
+  }
+
+  // The map of the current box, of those for the first and for the second shape.
+  __device__ __forceinline__ const TensorMap* map(const TensorMap* first, const TensorMap* rest) const {
+    return KEY_SHAPES > 1 && shape ? &rest[set] : &first[set];
   }
 
   // The box, and the mask that it needs in a slot of `slot` keys.
@@ -118,7 +144,9 @@ struct KeyWalk {
       const int count = min(W.text[set - MAP_SETS] - c2, box_keys);
       return KeyBox{{count, 0, 0}, count == slot ? kNoMask : kCountMask};
     }
-    auto hides = [&](int d, int c) { return ((u32)(c - W.full_begin[d]) >= W.full[d]) << d; };
-    return KeyBox{{c0, c1, c2}, hides(0, c0) | hides(1, c1) | hides(2, c2)};
+    const KeyGrid& G = W.grids[shape];
+    auto hides = [&](int d, int c) { return ((u32)(c - G.full_begin[d]) >= G.full[d]) << d; };
+    const int mask = hides(0, c0) | hides(1, c1) | hides(2, c2);
+    return KeyBox{{c0, c1, c2}, shape && mask ? mask | kRestMask : mask};
   }
 };

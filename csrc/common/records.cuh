@@ -2,6 +2,11 @@
 #pragma once
 #include "common/ptx.cuh"
 
+// Shapes of key boxes: 1; or 2, and an item's keys are a grid of boxes of one shape, and one of the other beside it.
+#ifndef KEY_SHAPES
+#define KEY_SHAPES 1
+#endif
+
 // One query tile. Positions are those inside of its dilation group; dimensions are (T, H, W), missing ones of length 1.
 struct Item {
   int query[3];       // first query of warpgroup 0; the next warpgroups' boxes lie beside it
@@ -13,7 +18,18 @@ struct Item {
   int lengths;        // which row of Params::length and of the tensor maps: lengths of dilation groups differ by one
   int kind;           // 0: grid, 1: text before it, 2: text after it
   int masked;         // whether any key box of the grid needs the mask
+#if KEY_SHAPES > 1
+  int rest_key[3], rest_boxes[3], rest_full_begin[3], rest_full[3];  // the boxes of the second shape; maybe none
+#endif
   int unused[3];
+};
+
+// The key boxes of one shape that an item walks, in tokens.
+struct KeyGrid {
+  int key[3], key_end[3];  // where boxes start and end
+  int first[3];            // the box that is walked first
+  int full_begin[3];       // boxes in [full_begin, full_begin + full) need no mask
+  u32 full[3];
 };
 
 // An item as its producer hands it on, in shared memory.
@@ -27,19 +43,16 @@ struct alignas(16) Work {
   int column;    // where the query's columns start in dimension 0 of the output's map
   int token;     // index of the token at position 0 of the dilation group
   int windows;   // first row of the head's windows
-  // For the producer of keys and values, in tokens.
-  int key[3], key_end[3];      // where key boxes start and end
-  int key_first[3];            // the box that is walked first
-  int full_begin[3];           // boxes in [full_begin, full_begin + full) need no mask
-  u32 full[3];
+  // For the producer of keys and values.
+  KeyGrid grids[KEY_SHAPES];
   int text[2];                 // text tokens that count
   int key_head, k_column, v_column, k_place, v_place;
   int dq_column, dq_place;     // in a fused backward: where sums of the queries' gradients start
 };
 
 // What hides keys of a box: windows in the dimensions whose bits (1, 2, 4) are set, or a count. kProductMask: windows, and
-// their mask is a product.
-enum { kNoMask = 0, kCountMask = 8, kProductMask = 16 };
+// their mask is a product. kRestMask: windows, in a box of the second shape.
+enum { kNoMask = 0, kCountMask = 8, kProductMask = 16, kRestMask = 32 };
 
 // A key box, in shared memory beside its keys.
 struct alignas(16) KeyBox {
@@ -70,7 +83,7 @@ struct Params {
   const int* gna_of_head;   // [heads], or null: one for all
   float scale_log2;
   int items_per_head, text_items, text_total, total, heads, queries_per_key_head, window_rows, tokens;
-  int box[3], beside[3], keys[3];
+  int box[3], beside[3], keys[KEY_SHAPES][3];
   int length[MAP_SETS][3], window_row[MAP_SETS][3];
   int token_stride[3], group_stride[3];  // tokens from one position, one dilation group to the next
   Places places;
@@ -78,9 +91,13 @@ struct Params {
   Address q, k, v, o;
 };
 
-// One set of maps for each combination of dilation group lengths; text before and after the grid comes last.
+// One set of maps for each combination of dilation group lengths; text before and after the grid comes last. Maps of the second
+// shape of key boxes have a place of their own.
 struct Maps {
   TensorMap q[MAP_SETS + 2 * TEXT], k[MAP_SETS + 2 * TEXT], v[MAP_SETS + 2 * TEXT], o[MAP_SETS + 2 * TEXT];
+#if KEY_SHAPES > 1
+  TensorMap rest_k[MAP_SETS], rest_v[MAP_SETS];
+#endif
 };
 
 // Sums of the queries' gradients, in a fused backward; see hopper/sums.cuh.

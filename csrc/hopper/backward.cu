@@ -65,7 +65,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
+  const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2];
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1 + kRowsAreKeys + kFused);
@@ -80,7 +80,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     }
     barrier_init_done();
   }
-  fill_mask_table(table, P.keys);
+  fill_mask_table(table, P.keys[0]);
   if (kFused || box_keys < kKeys) {  // rows that no box ever fills: a weight of zero must not meet a NaN there
     for (u32 i = (kFused ? kRows1 : kRing) / 16 + threadIdx.x; i < kScoreGrads / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
     fence_async();
@@ -154,7 +154,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       });
     }
     if (kRowsAreKeys && warp == 2) {  // statistics of the queries in these boxes
-      const InBox in_box(P.keys);
+      const InBox in_box(P.keys[0]);
       walk([&](const Work& W, const KeyWalk& at, int h, const Stage& Y) {
         const float2* head = P.statistics + (long long)(W.head * P.queries_per_key_head + h) * P.tokens;
         float2 found[(kKeys + 31) / 32];
@@ -267,7 +267,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       for (int r = 0; r < 2; r++) {
         const int2 windows[3] = {window(r, 0), window(r, 1), window(r, 2)};
         if (TEXT && !kRowsAreKeys && box.mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
-        else window_mask(mask[r], table, windows, box, P.keys, lane_class);
+        else window_mask(mask[r], table, windows, box, P.keys[0], lane_class);
       }
     auto weight = [&](float score, float of_query) { return exp2_fast(fmaf(score, P.scale_log2, -of_query)); };
 #pragma unroll

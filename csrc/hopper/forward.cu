@@ -2,7 +2,7 @@
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a key slot), QUERY_STAGES, KEY_STAGES, CONSUMERS
 // (warpgroups of 64 queries), HOLDS_QUERIES (in registers), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group
-// lengths), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// lengths), KEY_SHAPES (of key boxes), TEXT (whether there may be text), BOUNDED_WAITS (debug).
 // "generated.cuh" has the matrix multiplications for these sizes: mma_qk(s, q, k, accumulate), or mma_held(s, q..., k,
 // accumulate) for queries in registers, and mma_pv(o, p..., v).
 //
@@ -60,7 +60,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   Work* work = (Work*)(shared + kWork);
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const int box_keys = P.keys[0] * P.keys[1] * P.keys[2];
+  auto table_of = [&](int shape) { return table + (shape ? mask_table_words(P.keys[0]) : 0); };
+  const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2];
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1);
@@ -71,8 +72,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     }
     barrier_init_done();
   }
-  fill_mask_table(table, P.keys);
-  if (kMaskProducts && P.places.steps) fill_places(shared + kPlacesAt, P.places, P.keys);
+  for (int shape = 0; shape < KEY_SHAPES; shape++) fill_mask_table(table_of(shape), P.keys[shape]);
+  if (kMaskProducts && P.places.steps) fill_places(shared + kPlacesAt, P.places, P.keys[0]);
   if (threadIdx.x < kRows) in_box[threadIdx.x] = coordinates(threadIdx.x, P.box);
   // Rows that no box ever fills: a weight of zero must not meet a NaN there, nor a row that nobody needs have scores of NaN.
   const u32 zeros = P.box[0] * P.box[1] * P.box[2] < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kPlacesAt : kKeysAt;
@@ -110,6 +111,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     if (warp == 1) {  // keys and values
       Stage R{0, 0}, K{0, 1}, V{0, 1};
       const u32 key_bytes = box_keys * kRowBytes * kChunks;
+      const TensorMap *rest_k = maps.k, *rest_v = maps.v;
+#if KEY_SHAPES > 1
+      rest_k = maps.rest_k, rest_v = maps.rest_v;
+#endif
       for (;; R.next(kRecords)) {
         barrier_wait(r_full + 8 * R.index, R.phase);
         const Work& W = work[R.index];
@@ -117,13 +122,13 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         if (boxes == 0) break;
         KeyWalk at(W);
         auto load_keys = [&] {
+          KeyBox box = at.box(W, box_keys, kKeys);  // all that can be done before the slot is free
+          if (kMaskProducts && P.places.steps && box.mask != kNoMask && box.mask != kCountMask && !at.shape) box.mask |= kProductMask;
+          const int column = at.is_text() ? W.key_head * P.k.head_column : W.k_column;
           barrier_wait(k_empty + 8 * K.index, K.phase);
-          KeyBox box = at.box(W, box_keys, kKeys);
-          if (kMaskProducts && P.places.steps && box.mask != kNoMask && box.mask != kCountMask) box.mask |= kProductMask;
           key_boxes[K.index] = box;
           barrier_expect(k_full + 8 * K.index, key_bytes);
-          const int column = at.is_text() ? W.key_head * P.k.head_column : W.k_column;
-          load_box(base + kKeysAt + K.index * kKeyBytes, &maps.k[at.set], k_full + 8 * K.index, column, at.c2, at.c1, at.c0, W.k_place);
+          load_box(base + kKeysAt + K.index * kKeyBytes, at.map(maps.k, rest_k), k_full + 8 * K.index, column, at.c2, at.c1, at.c0, W.k_place);
           K.next(kKeyStages);
         };
         // Each box's values follow the next box's keys.
@@ -133,10 +138,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
           if (j > 0 && j < boxes) at.advance(W, P.keys, box_keys);
           if (j < boxes) load_keys();
           if (j == 0) continue;
+          const int column = last.is_text() ? W.key_head * P.v.head_column : W.v_column;
           barrier_wait(v_empty + 8 * V.index, V.phase);
           barrier_expect(v_full + 8 * V.index, key_bytes);
-          const int column = last.is_text() ? W.key_head * P.v.head_column : W.v_column;
-          load_box(base + kValues + V.index * kKeyBytes, &maps.v[last.set], v_full + 8 * V.index, column, last.c2, last.c1, last.c0, W.v_place);
+          load_box(base + kValues + V.index * kKeyBytes, last.map(maps.v, rest_v), v_full + 8 * V.index, column, last.c2, last.c1, last.c0, W.v_place);
           V.next(kKeyStages);
         }
         barrier_arrive(r_empty + 8 * R.index);
@@ -224,7 +229,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   // Issues the mask of that box as a product.
   auto issue_mask = [&](float (&s)[kKeys / 2], u32 (&hidden)[2][2][2]) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) hidden_places(hidden[r], window[r], key_boxes[K.index], P.places, P.keys, lane_class);
+    for (int r = 0; r < 2; r++) hidden_places(hidden[r], window[r], key_boxes[K.index], P.places, P.keys[0], lane_class);
     mma_fence();
     add_mask(s, hidden, base + kPlacesAt, P.places.steps);
   };
@@ -260,10 +265,11 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   auto find_mask = [&] {
     if (box_mask == kNoMask) return;
     const KeyBox box = key_boxes[K.index];
+    const int shape = KEY_SHAPES > 1 && box_mask & kRestMask;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       if (TEXT && box_mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
-      else window_mask(mask[r], table, window[r], box, P.keys, lane_class);
+      else window_mask(mask[r], table_of(shape), window[r], box, P.keys[shape], lane_class);
     }
   };
   // Scores to weights, with new maxima; whether the output must be rescaled.

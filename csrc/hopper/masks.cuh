@@ -8,10 +8,13 @@
 #define MINUS_INFINITY (-__int_as_float(0x7f800000))
 constexpr int kMaskWords = (kKeys / 4 + 31) / 32;
 
+// Words of the table for key boxes of that shape.
+__device__ __forceinline__ int mask_table_words(const int (&keys)[3]) { return (keys[0] + keys[1] + keys[2] + 3) * 4 * kMaskWords; }
+
 // table[position][lane class][word]: columns whose coordinate in a dimension is below the position; dimension after dimension.
 __device__ __forceinline__ void fill_mask_table(u32* table, const int (&keys)[3]) {
   const int all = keys[0] * keys[1] * keys[2];
-  for (int i = threadIdx.x; i < (keys[0] + keys[1] + keys[2] + 3) * 4 * kMaskWords; i += blockDim.x) {
+  for (int i = threadIdx.x; i < mask_table_words(keys); i += blockDim.x) {
     int position = i / (4 * kMaskWords), d = 0;
     while (position > keys[d]) position -= keys[d++] + 1;
     const int inner = d == 0 ? keys[1] * keys[2] : d == 1 ? keys[2] : 1;

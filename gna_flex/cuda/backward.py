@@ -61,6 +61,7 @@ class BackwardConfig(Config):
     fused: bool = False
 
     direction: ClassVar[str] = "backward"
+    most_key_shapes: ClassVar[int] = 1
     head_dims: ClassVar[tuple[int, ...]] = (32, 64, 96, 128)
 
     @property
@@ -188,7 +189,7 @@ class Pass(Plan):
         queries' gradients, for a fused pass.
         """
         outer, inner = tensors[0], tensors[2]
-        sets = self.config.map_sets + 2 * self.config.text
+        sets = self.config.maps
         maps = driver.TensorMaps((len(OPERANDS) + self.config.fused) * sets)
         params = type(self.params).from_buffer_copy(self.params)
         places = {"rows1": "q", "rows2": "rows2", "inner1": "k", "inner2": "v", "out1": "o", "out2": "o"}

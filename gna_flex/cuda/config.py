@@ -14,6 +14,16 @@ SHARED_LIMIT = 232_448
 WORK_BYTES = 144
 """``Work`` of ``csrc/common/records.cuh``: an item, as its producer hands it on in shared memory."""
 
+
+def work_bytes(key_shapes: int) -> int:
+    """Bytes of ``Work`` with that many grids of key boxes, 60 bytes each; it is aligned to 16.
+
+    >>> work_bytes(1) == WORK_BYTES, work_bytes(2)
+    (True, 208)
+    """
+    return -(-(80 + 60 * key_shapes) // 16) * 16
+
+
 Capability = tuple[int, int]
 """Compute capability of a GPU."""
 
@@ -33,6 +43,7 @@ class KernelConfig(ABC):
         dilated: whether a dimension is dilated.
         map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
         text: whether there are text tokens.
+        key_shapes: shapes of key boxes in one launch, at most :attr:`most_key_shapes`.
         bounded_waits: polls after which a wait traps; 0 is for ever. For debugging.
     """
 
@@ -44,6 +55,7 @@ class KernelConfig(ABC):
     dilated: bool = False
     map_sets: int = 1
     text: bool = False
+    key_shapes: int = 1
     bounded_waits: int = 0
 
     folder: ClassVar[str]
@@ -52,6 +64,8 @@ class KernelConfig(ABC):
     """Which of the sources: ``forward`` or ``backward``; the kernel is named after it."""
     head_dims: ClassVar[tuple[int, ...]]
     """Compiled head dims; others are padded to the next one with zeros."""
+    most_key_shapes: ClassVar[int] = 1
+    """Whether the kernel knows key boxes of two shapes."""
     rows: ClassVar[int]
     """Queries of one box, and text tokens in one."""
 
@@ -96,12 +110,19 @@ class KernelConfig(ABC):
         return next(size for size in cls.head_dims if size >= head_dim)
 
     @property
+    def maps(self) -> int:
+        """Tensor maps of one operand: of the grid, and of text before and after it."""
+        return self.map_sets + 2 * self.text
+
+    @property
     def columns(self) -> int:
         """Columns of one chunk of 16-bit floats in shared memory: one row is 128 or 64 bytes."""
         return 64 if self.head_dim % 64 == 0 else 32
 
     def fits(self, tiles: KernelTiles) -> bool:
-        """Whether tiles are for this many boxes of queries, and for slots of this size."""
+        """Whether tiles are for this many boxes of queries, slots of this size, and shapes that the kernel knows."""
+        if tiles.kv_rest and self.most_key_shapes == 1:
+            return False
         return (tiles.groups, tiles.kv_slots, tiles.rows) == (self.groups, self.keys, self.rows)
 
     def defines(self) -> dict[str, int]:
@@ -113,6 +134,7 @@ class KernelConfig(ABC):
             "DILATED": int(self.dilated),
             "MAP_SETS": self.map_sets,
             "TEXT": int(self.text),
+            "KEY_SHAPES": self.key_shapes,
             "BOUNDED_WAITS": self.bounded_waits,
         }
 

@@ -21,6 +21,7 @@ from gna_flex.cuda import driver
 from gna_flex.cuda.blackwell import BlackwellConfig
 from gna_flex.cuda.config import Capability, KernelConfig
 from gna_flex.cuda.kernel import Config
+from gna_flex.cuda.rests import improved
 from gna_flex.cuda.shapes import choose, cost
 from gna_flex.cuda.tables import (
     BOXES,
@@ -100,7 +101,7 @@ class Places(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=16)
-def parameters(map_sets: int) -> type[ctypes.Structure]:
+def parameters(map_sets: int, key_shapes: int = 1) -> type[ctypes.Structure]:
     """``Params`` of ``csrc/common/records.cuh``."""
 
     class Params(ctypes.Structure):
@@ -110,7 +111,8 @@ def parameters(map_sets: int) -> type[ctypes.Structure]:
             *((name, ctypes.c_int) for name in ("items_per_head", "text_items", "text_total", "total")),
             *((name, ctypes.c_int) for name in ("heads", "queries_per_key_head")),
             *((name, ctypes.c_int) for name in ("window_rows", "tokens")),
-            *((name, Int3) for name in ("box", "beside", "keys")),
+            *((name, Int3) for name in ("box", "beside")),
+            ("keys", Int3 * key_shapes),
             ("length", Int3 * map_sets),
             ("window_row", Int3 * map_sets),
             ("token_stride", Int3),
@@ -201,11 +203,12 @@ class Plan:
             config, tiles = shapes_for(replace(request, float8=False), torch.cuda.get_device_name(request.device))
         config = replace(config, float16=request.float16, float8=request.float8)
         dilated = math.prod(self.gna.dilation) > 1
-        return replace(config, dilated=dilated, map_sets=map_sets, text=any(self.text)), tiles
+        shapes = 2 if tiles.kv_rest else 1
+        return replace(config, dilated=dilated, map_sets=map_sets, text=any(self.text), key_shapes=shapes), tiles
 
     def _parameters(self, map_sets: int) -> type[Any]:
         """The structure that the kernel takes."""
-        return parameters(map_sets)
+        return parameters(map_sets, self.config.key_shapes)
 
     def _tables(self, gnas: list[GNA], classes: list[int], device: torch.device) -> None:
         """Work records, windows and the constant part of the parameters."""
@@ -231,7 +234,9 @@ class Plan:
         hides = np.any(items[:, BOXES] != items[:, FREE_BOXES], axis=0)
         params.places = Places.of(tiles.kv_tile, tiles.kv_slots, hides.tolist())
         params.text_items = text_item_count(self.gna, tiles.groups, tiles.rows)
-        params.box, params.keys = Int3(*tiles.box), Int3(*tiles.kv_tile)
+        params.box = Int3(*tiles.box)
+        for shape, sides in enumerate(filter(None, (tiles.kv_tile, tiles.kv_rest))):
+            params.keys[shape] = Int3(*sides)
         params.beside = Int3(*(tiles.box[axis] if axis == tiles.split else 0 for axis in range(3)))
         for row, c in enumerate(classes):
             params.length[row] = Int3(*self.lengths[row])
@@ -283,11 +288,15 @@ class Plan:
     ) -> driver.Arguments:
         """Tensor maps and parameters of a launch with these tensors: query, key, value and output."""
         q, k, _, _ = tensors
-        sets = self.config.map_sets + 2 * self.config.text
-        maps = driver.TensorMaps(4 * sets)
+        sets = self.config.maps
+        rests = self.config.map_sets * (self.config.key_shapes - 1)
+        maps = driver.TensorMaps(4 * sets + 2 * rests)
         params = type(self.params).from_buffer_copy(self.params)
         for operand, (name, x) in enumerate(zip("qkvo", tensors, strict=True)):
             setattr(params, name, self._encode(maps, operand * sets, x, is_keys=name in "kv"))
+            if rests and name in "kv":
+                first = 4 * sets + rests * (name == "v")
+                self._encode(maps, first, x, is_keys=True, rest=True)
         params.counters, params.lse = counters.data_ptr(), lse.data_ptr()
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale_log2 = (scale if scale else SMALLEST_SCALE) * LOG2_E
@@ -296,8 +305,8 @@ class Plan:
         params.heads, params.queries_per_key_head = q.shape[1], q.shape[1] // k.shape[1]
         return driver.Arguments(maps, params)
 
-    def _encode(self, maps: driver.TensorMaps, first: int, x: Tensor, is_keys: bool) -> Address:
-        """Maps of one operand, and how they reach heads and dilation groups."""
+    def _encode(self, maps: driver.TensorMaps, first: int, x: Tensor, is_keys: bool, rest: bool = False) -> Address:
+        """Maps of one operand (``rest``: for boxes of the second shape), and how they reach heads and groups."""
         batch, heads, _, head_dim = x.shape
         batch_stride, head_stride, token, _ = x.stride()
         places = is_dense(x)
@@ -309,7 +318,7 @@ class Plan:
         columns = small("columns", columns + sum((d - 1) * n for d, n in zip(dilation, groups, strict=True)))
         tiles, size = self.tiles, x.element_size()
         chunk = {torch.float32: SUM_COLUMNS, FLOAT8: head_dim}.get(x.dtype, self.config.columns)
-        box = tiles.kv_tile if is_keys else tiles.box
+        box = (tiles.kv_rest if rest and tiles.kv_rest else tiles.kv_tile) if is_keys else tiles.box
 
         def encode(
             index: int, start: int, sizes: Sequence[int], steps: Sequence[int], box: Sequence[int], wide: int
@@ -327,7 +336,7 @@ class Plan:
         for index, (lengths, plain) in enumerate(zip(self.lengths, self.plain, strict=True)):
             steps = [group * (1 if plain else d) for group, d in zip(groups, dilation, strict=True)]
             encode(index, self.text[0], lengths, steps, box, columns)
-        for after, count in enumerate(self.text):
+        for after, count in enumerate(() if rest else self.text):
             if count:
                 start = 0 if after == 0 else self.text[0] + self.gna.grid_tokens
                 text_box = (1, 1, math.prod(tiles.kv_tile) if is_keys else tiles.rows)
@@ -422,8 +431,15 @@ def estimated(request: Request) -> tuple[KernelConfig, KernelTiles]:
     gnas = tuple(dict.fromkeys(request.gnas))
     known = request.config
     configs = (known,) if known else request.kernel.defaults(request.head_dim, request.capability, request.text)
-    shapes = [(config, request.tiles or choose(gnas, config.keys, config.groups, config.rows)) for config in configs]
+    shapes = [(config, request.tiles or tiles_for(gnas, config)) for config in configs]
     return min(shapes, key=lambda shape: cost(gnas, shape[1]) * shape[0].box_time)
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_for(gnas: tuple[GNA, ...], config: KernelConfig) -> KernelTiles:
+    """Tiles of the least estimated cost for a configuration."""
+    tiles = choose(gnas, config.keys, config.groups, config.rows)
+    return improved(gnas, tiles) if config.most_key_shapes > 1 else tiles
 
 
 @functools.lru_cache(maxsize=256)

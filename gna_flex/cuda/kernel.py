@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from gna_flex.cuda.config import SHARED_LIMIT, WORK_BYTES, Capability, KernelConfig
+from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig, work_bytes
 from gna_flex.cuda.tables import ROWS
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -35,6 +35,7 @@ class Config(KernelConfig):
     folder: ClassVar[str] = "hopper"
     head_dims: ClassVar[tuple[int, ...]] = HEAD_DIMS
     rows: ClassVar[int] = ROWS
+    most_key_shapes: ClassVar[int] = 2
 
     @property
     def groups(self) -> int:
@@ -57,7 +58,8 @@ class Config(KernelConfig):
         queries = self.query_stages * self.consumers * ROWS * self.head_dim * 2
         keys = 2 * self.key_stages * self.keys * self.head_dim * 2
         places = 64 * self.keys * (not self.float16 and self.consumers == 2)
-        tables = places + (self.keys + 5) * 16 * mask_words + 4 * ROWS + 2 * WORK_BYTES + 16 * self.key_stages
+        tables = places + (self.keys + 5) * 16 * mask_words + 4 * ROWS
+        tables += 2 * work_bytes(self.key_shapes) + 16 * self.key_stages
         return queries + keys + tables + 8 * (2 * 2 + 2 * self.query_stages + 4 * self.key_stages)
 
     @property

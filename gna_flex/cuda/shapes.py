@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ def choose(
     >>> choose(GNA((30, 48, 80), window=(18, 24, 24), stride=(16, 8, 8))).kv_tile
     (2, 8, 8)
     """
-    search = _search(gnas, kv_slots, groups, rows, mask_cost, item_cost)
+    search = search_shapes(gnas, kv_slots, groups, rows, mask_cost, item_cost)
     return search.tiles(int(np.argmin(search.costs)))
 
 
@@ -84,7 +85,7 @@ def cost(gnas: Gnas, tiles: KernelTiles, mask_cost: float = MASK_COST, item_cost
     16.4
     """
     total = 0.0
-    for gna, heads in _heads(gnas).items():
+    for gna, heads in heads_of(gnas).items():
         work = count(gna, tiles)
         boxes = work.boxes + work.text_boxes + mask_cost * (work.masked + work.text_masked)
         total += heads * (boxes * box_cost(tiles.kv_slots) + item_cost * work.items)
@@ -129,7 +130,7 @@ def candidates(
 
 def _best(gnas: Gnas, kv_slots: int, groups: int, rows: int, number: int) -> list[Candidate]:
     """The best shapes with different key boxes, best first."""
-    search = _search(gnas, kv_slots, groups, rows, MASK_COST, ITEM_COST)
+    search = search_shapes(gnas, kv_slots, groups, rows)
     queries = np.argmin(search.costs, axis=0)
     keys = np.arange(len(queries))
     best = search.costs[queries, keys]
@@ -137,7 +138,7 @@ def _best(gnas: Gnas, kv_slots: int, groups: int, rows: int, number: int) -> lis
     return [Candidate(search.tiles(int(queries[i] * len(keys) + i)), float(best[i])) for i in order]
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """All shapes of queries and of keys, and the cost of every combination, ``[query shapes, key shapes]``."""
 
     queries: tuple[tuple[Triple, int], ...]
@@ -153,21 +154,34 @@ class _Search(NamedTuple):
         return KernelTiles(box, self.groups, split, kv_tile, self.kv_slots, self.rows)
 
 
-def _search(gnas: Gnas, kv_slots: int, groups: int, rows: int, mask_cost: float, item_cost: float) -> _Search:
+def search_shapes(
+    gnas: Gnas,
+    kv_slots: int,
+    groups: int,
+    rows: int,
+    mask_cost: float = MASK_COST,
+    item_cost: float = ITEM_COST,
+) -> Search:
+    """The cost of every combination of shapes."""
     check_slots(kv_slots)
-    heads = _heads(gnas)
+    heads = heads_of(gnas)
     first = next(iter(heads))
     queries, keys = query_shapes(first, groups, rows), key_shapes(first, kv_slots)
-    sides = np.array([[side * (groups if a == split else 1) for a, side in enumerate(box)] for box, split in queries])
+    sides = query_sides(queries, groups)
     tiles = np.array(keys)
     costs = np.zeros((len(queries), len(keys)))
     for gna, number in heads.items():
         text_items = text_item_count(gna, groups, rows)
         costs += number * _costs(gna, sides, tiles, kv_slots, text_items, mask_cost, item_cost)
-    return _Search(queries, keys, costs, groups, kv_slots, rows)
+    return Search(queries, keys, costs, groups, kv_slots, rows)
 
 
-def _heads(gnas: Gnas) -> Counter[GNA]:
+def query_sides(queries: Sequence[tuple[Triple, int]], groups: int) -> np.ndarray:
+    """Sides of the tiles of all warpgroups, ``[Q, 3]``, of boxes of queries and what they lie along."""
+    return np.array([[side * (groups if a == split else 1) for a, side in enumerate(box)] for box, split in queries])
+
+
+def heads_of(gnas: Gnas) -> Counter[GNA]:
     """Different GNAs, and how many heads have each."""
     heads = Counter([gnas] if isinstance(gnas, GNA) else gnas)
     shared = {(gna.layout, gna.dilation, gna.text_first, gna.text_last) for gna in heads}
@@ -185,12 +199,12 @@ def _costs(
     exact = keys == kv_slots
     boxes, free, items = np.ones((1, 1)), np.ones((1, 1)), np.ones(1)
     for dim, side, tile in zip(dims, sides.T, tiles.T, strict=True):
-        axis_boxes, axis_free, axis_items = _axis_totals(dim, side, tile, exact)
+        axis_boxes, axis_free, axis_items = axis_totals(dim, side, tile, exact)
         boxes, free, items = boxes * axis_boxes, free * axis_free, items * axis_items
     # Text queries do not depend on the query tile, and visit the undivided grid.
     lengths = np.array([dim[0] for dim in dims])
     items = items[:, None] + text_items
-    text, text_masked = _text_boxes(gna, keys, exact)
+    text, text_masked = text_boxes(gna, keys, exact)
     boxes = boxes + (text_items * np.prod(ceil_div(lengths, tiles), axis=1) + items * text)
     masked = boxes - items * (text - text_masked)
     masked[:, exact] -= free + text_items * np.prod(lengths // tiles[exact], axis=1)
@@ -199,14 +213,14 @@ def _costs(
     return costs
 
 
-def _text_boxes(gna: GNA, keys: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def text_boxes(gna: GNA, keys: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes of text keys that one item visits, and masked ones of them, for every number of keys in a box."""
     texts = np.array([[gna.text_first], [gna.text_last]])
     boxes = ceil_div(texts, keys)
     return boxes.sum(0), (boxes - texts // keys * exact).sum(0)
 
 
-def _axis_totals(
+def axis_totals(
     dim: Dim, sides: np.ndarray, tiles: np.ndarray, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over the query tiles along one dimension, all dilation groups together.
@@ -216,7 +230,7 @@ def _axis_totals(
     """
     some_sides, side_of = np.unique(sides, return_inverse=True)
     some_tiles, tile_of = np.unique(tiles, return_inverse=True)
-    spans, weight = _distinct_spans(dim, some_sides)
+    spans, weight = distinct_spans(dim, some_sides)
     begin = np.searchsorted(spans.sequence, np.arange(len(some_sides)))
     lo, hi, free_lo, free_hi = (bound[:, None] for bound in spans[2:])
     boxes = key_boxes(lo, hi, free_lo, free_hi, some_tiles)
@@ -229,7 +243,7 @@ def _axis_totals(
     return totals(boxes.total, tile_of), totals(boxes.free_total, tile_of[exact]), items
 
 
-def _distinct_spans(dim: Dim, sides: np.ndarray) -> tuple[Spans, np.ndarray]:
+def distinct_spans(dim: Dim, sides: np.ndarray) -> tuple[Spans, np.ndarray]:
     """Spans of query tiles of every side in ``sides`` up to shifts, by side (``sequence``), and how often each occurs.
 
     Most tiles inside a grid are shifted copies of a few, and dilation groups have at most two different lengths.

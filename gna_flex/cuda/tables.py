@@ -55,10 +55,14 @@ ROWS = 64
 """Query rows of one warpgroup of the Hopper kernel, and tokens in its box of text."""
 MAX_SIDE = 256
 """Longest side of a box that a tensor map can describe."""
-COLUMNS = 24
-"""Integers in one record."""
+COLUMNS, REST_COLUMNS = 24, 12
+"""Integers in one record, and more of them where there are key boxes of a second shape."""
 START, KEY_START, BOXES, FREE_START, FREE_BOXES, GROUP = (slice(3 * i, 3 * i + 3) for i in range(6))
 LENGTHS, KIND, MASKED = 18, 19, 20
+REST_START, REST_BOXES, REST_FREE_START, REST_FREE_BOXES = (slice(3 * i, 3 * i + 3) for i in range(7, 11))
+FIRST_SHAPE = KEY_START, BOXES, FREE_START, FREE_BOXES
+SECOND_SHAPE = REST_START, REST_BOXES, REST_FREE_START, REST_FREE_BOXES
+"""Where records have the fields of :class:`KeyBoxes`, of either shape."""
 GRID, TEXT_FIRST, TEXT_LAST = 0, 1, 2
 """Values of column ``KIND``: what the queries of the record are."""
 PLAIN = 8
@@ -76,6 +80,9 @@ class KernelTiles:
         kv_tile: keys of one key box per dimension, at most ``kv_slots`` together and 256 per side.
         kv_slots: key rows of one shared-memory slot, a multiple of 16 up to 256.
         rows: query rows of one warpgroup, and tokens in its box of text: 64, or the 128 of the Blackwell kernel.
+        kv_rest: a second shape of key boxes with as many keys, for what boxes of the first shape leave over along
+            ``rest_axis``, if its side there is long enough for that; ``None``: all have the first.
+        rest_axis: that dimension.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -90,6 +97,8 @@ class KernelTiles:
     kv_tile: Triple
     kv_slots: int
     rows: int = ROWS
+    kv_rest: Triple | None = None
+    rest_axis: int = 2
 
     def __post_init__(self) -> None:
         for name, value in (("box", self.box), ("kv_tile", self.kv_tile)):
@@ -106,6 +115,17 @@ class KernelTiles:
         check_slots(self.kv_slots)
         if math.prod(self.kv_tile) > self.kv_slots or max(self.kv_tile) > MAX_SIDE:
             raise ValueError(f"kv_tile={self.kv_tile} must fit kv_slots={self.kv_slots} and {MAX_SIDE} per side")
+        if self.rest_axis not in range(3):
+            raise ValueError(f"rest_axis={self.rest_axis} must be 0, 1 or 2")
+        if self.kv_rest is not None:
+            self._check_rest(self.kv_rest)
+
+    def _check_rest(self, rest: Triple) -> None:
+        """Boxes of both shapes are loaded alike, and share a table of masks."""
+        if len(rest) != 3 or min(rest) < 1 or math.prod(rest) != math.prod(self.kv_tile):
+            raise ValueError(f"kv_rest={rest}: three sides, and as many keys as kv_tile={self.kv_tile}, are needed")
+        if sum(rest) + sum(self.kv_tile) >= self.kv_slots:
+            raise ValueError(f"kv_rest={rest}, kv_tile={self.kv_tile}: sides add up to kv_slots={self.kv_slots}")
 
     @property
     def q_tile(self) -> Triple:
@@ -201,14 +221,28 @@ def key_boxes(lo: Any, hi: Any, free_lo: Any, free_hi: Any, side: Any, below: bo
     return KeyBoxes(start, total, free, free_total)
 
 
+def left_over(lo: Any, hi: Any, side: Any, rest_side: Any) -> Any:
+    """How many keys at the end of ``[lo, hi)`` go to a box of the second shape, ``rest_side`` long there.
+
+    Those that boxes of ``side`` keys leave over, if one box of the second shape holds them, and one of the first comes
+    before it. Arrays that broadcast together.
+
+    >>> left_over(*np.array([3, 32, 8, 5])), left_over(*np.array([3, 32, 8, 4])), left_over(*np.array([3, 8, 8, 5]))
+    (array(5), array(0), array(0))
+    """
+    width = hi - lo
+    return np.where((width > side) & (width % side <= rest_side), width % side, 0)
+
+
 def work_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
-    """All work items of one head, int32 ``[items, 24]``.
+    """All work items of one head, int32 ``[items, 24]``, or ``[items, 36]`` with key boxes of a second shape.
 
     Columns: 0:3 first query (position in its dilation group; warpgroup ``i`` starts ``box[split] * i`` further along
     ``split``); 3:6 first key; 6:9 key boxes per dimension; 9:12 index of the first free box; 12:15 number of free
     boxes; 15:18 dilation group; 18 length class (row of :func:`window_table`'s offsets); 19 kind of query: 0 grid,
-    1 text before, 2 text after it; 20 whether any box needs the mask; 21:24 zero.
-    A box needs no mask if its index is free in every dimension.
+    1 text before, 2 text after it; 20 whether any box needs the mask; the last three zero.
+    A box needs no mask if its index is free in every dimension. Of boxes of the second shape, 21:33 say what 3:15 do of
+    the first; where there are none, one of their numbers is 0.
 
     A text item holds ``rows * groups`` consecutive text tokens, from column 2 on, and visits the undivided grid. Boxes
     of text keys are not listed. Text items come first, then dilation groups, then tiles in row-major order (where rows
@@ -223,16 +257,27 @@ def work_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
 
 
 def _grid_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
-    axes = [_axis_columns(dim, tiles, axis) for axis, dim in enumerate(padded_dims(gna))]
-    records = np.zeros((*(len(columns[0]) for columns in axes), COLUMNS), np.int32)
-    for axis, columns in enumerate(axes):
-        *triples, shorter = (column.reshape([-1 if a == axis else 1 for a in range(3)]) for column in columns)
-        for place, column in enumerate(triples):
-            records[..., 3 * place + axis] = column
-        records[..., LENGTHS] += (shorter << axis).astype(np.int32)
+    axes = [axis_boxes(dim, tiles, axis) for axis, dim in enumerate(padded_dims(gna))]
+    records = np.zeros((*(len(each.spans.start) for each in axes), _columns(tiles)), np.int32)
+    for axis, (dim, each) in enumerate(zip(padded_dims(gna), axes, strict=True)):
+
+        def along(column: np.ndarray, axis: int = axis) -> np.ndarray:
+            return column.reshape([-1 if a == axis else 1 for a in range(3)])
+
+        triples = [(START, each.spans.start), (GROUP, each.spans.sequence), *zip(FIRST_SHAPE, each.first, strict=True)]
+        if each.rest:
+            triples += zip(SECOND_SHAPE, each.rest, strict=True)
+        for place, column in triples:
+            records[..., place.start + axis] = along(column)
+        shorter = (each.spans.sequence >= dim.length % dim.dilation) & bool(dim.length % dim.dilation)
+        records[..., LENGTHS] += along(shorter.astype(np.int32) << axis)
     if isinstance(gna, Transposed):
         records = records.transpose(*_by_overlap(records, tiles), 3)
-    return _ordered(_with_masked(records.reshape(-1, COLUMNS)), gna)
+    return _ordered(_with_masked(records.reshape(-1, records.shape[-1])), gna)
+
+
+def _columns(tiles: KernelTiles) -> int:
+    return COLUMNS + REST_COLUMNS * (tiles.kv_rest is not None)
 
 
 def _by_overlap(records: np.ndarray, tiles: KernelTiles) -> list[int]:
@@ -247,20 +292,45 @@ def _by_overlap(records: np.ndarray, tiles: KernelTiles) -> list[int]:
     return sorted(range(3), key=lambda axis: (overlap[axis], -axis))
 
 
-def _axis_columns(dim: Dim, tiles: KernelTiles, axis: int) -> tuple[np.ndarray, ...]:
-    """Of every query tile along one dimension: the six columns of triples, and whether its group is a shorter one."""
-    spans, boxes = _axis_boxes(dim, tiles, axis)
-    shorter = (spans.sequence >= dim[0] % dim[3]) & bool(dim[0] % dim[3])
-    return spans.start, *boxes, spans.sequence, shorter.astype(int)
+class AxisBoxes(NamedTuple):
+    """Query tiles of all dilation groups along one dimension, and their key boxes of the first and the second shape."""
+
+    spans: Spans
+    first: KeyBoxes
+    rest: KeyBoxes | None
 
 
-def _axis_boxes(dim: Dim, tiles: KernelTiles, axis: int) -> tuple[Spans, KeyBoxes]:
-    """Query tiles of all dilation groups along one dimension, and their key boxes."""
-    length, dilation = dim[0], dim[3]
-    sizes = group_length(length, dilation, np.arange(dilation))
-    spans = query_spans(dim, sizes, np.full(dilation, tiles.q_tile[axis]))
-    boxes = key_boxes(*spans[2:], tiles.kv_tile[axis], below=not dim.transposed)
-    return spans, _masked_unless_full(boxes, tiles)
+def axis_boxes(dim: Dim, tiles: KernelTiles, axis: int) -> AxisBoxes:
+    """The key boxes along one dimension, of which those of the other dimensions know nothing."""
+    sizes = group_length(dim.length, dim.dilation, np.arange(dim.dilation))
+    spans = query_spans(dim, sizes, np.full(dim.dilation, tiles.q_tile[axis]))
+    below, side = not dim.transposed, tiles.kv_tile[axis]
+    if tiles.kv_rest is None:
+        return AxisBoxes(spans, _masked_unless_full(key_boxes(*spans[2:], side, below), tiles), None)
+    rest_side = tiles.kv_rest[axis]
+    if axis == tiles.rest_axis:
+        first, rest = boxes_and_rest(spans, side, rest_side, below)
+    else:
+        first, rest = key_boxes(*spans[2:], side, below), key_boxes(*spans[2:], rest_side, below)
+    return AxisBoxes(spans, _masked_unless_full(first, tiles), _masked_unless_full(rest, tiles))
+
+
+def boxes_and_rest(spans: Spans, side: Any, rest_side: Any, below: bool = True) -> tuple[KeyBoxes, KeyBoxes]:
+    """Key boxes of both shapes along the dimension in which one takes what the other leaves over.
+
+    The box of the second shape starts where those of the first end, so that no key is met twice; if it is longer than
+    what is left, the mask hides what no query sees.
+
+    >>> one = Spans(*(np.array([x]) for x in (0, 0, 3, 32, 10, 32)))
+    >>> [[int(x[0]) for x in boxes] for boxes in boxes_and_rest(one, 8, 5)]
+    [[3, 3, 1, 2], [27, 1, 0, 1]]
+    """
+    _, _, lo, hi, free_lo, free_hi = spans
+    left = left_over(lo, hi, side, rest_side)
+    middle = hi - left
+    first = key_boxes(lo, middle, free_lo, np.minimum(free_hi, middle), side, below)
+    free = (left > 0) & (free_lo <= middle) & (middle + rest_side <= free_hi)
+    return first, KeyBoxes(middle, (left > 0).astype(int), np.zeros_like(middle), free.astype(int))
 
 
 def _masked_unless_full(boxes: KeyBoxes, tiles: KernelTiles) -> KeyBoxes:
@@ -273,6 +343,8 @@ def _masked_unless_full(boxes: KeyBoxes, tiles: KernelTiles) -> KeyBoxes:
 
 def _with_masked(records: np.ndarray) -> np.ndarray:
     records[:, MASKED] = np.any(records[:, BOXES] != records[:, FREE_BOXES], axis=1)
+    if records.shape[1] > COLUMNS:
+        records[:, MASKED] |= _product(records[:, REST_BOXES]) != _product(records[:, REST_FREE_BOXES])
     return records
 
 
@@ -281,8 +353,14 @@ def _ordered(records: np.ndarray, gna: GNA) -> np.ndarray:
     if math.prod(gna.dilation) > 1:
         records = records[np.lexsort(records[:, GROUP].T[::-1])]
     if any(gna.causal):
-        records = records[np.argsort(-_product(records[:, BOXES]), kind="stable")]
+        records = records[np.argsort(-boxes_of(records), kind="stable")]
     return records
+
+
+def boxes_of(records: np.ndarray) -> np.ndarray:
+    """Key boxes of the grid that each item visits, of all shapes."""
+    first = _product(records[:, BOXES])
+    return first + _product(records[:, REST_BOXES]) if records.shape[1] > COLUMNS else first
 
 
 def _product(columns: np.ndarray) -> np.ndarray:
@@ -293,7 +371,7 @@ def _product(columns: np.ndarray) -> np.ndarray:
 def _text_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
     """Items of the text queries: each sees the whole grid, which is never divided for them."""
     starts = [np.arange(0, count, tiles.rows * tiles.groups) for count in (gna.text_first, gna.text_last)]
-    records = np.zeros((sum(map(len, starts)), COLUMNS), np.int32)
+    records = np.zeros((sum(map(len, starts)), _columns(tiles)), np.int32)
     records[:, 2] = np.concatenate(starts)
     records[:, BOXES], records[:, FREE_BOXES] = _plain_boxes(gna, tiles)
     records[:, LENGTHS] = PLAIN
@@ -330,12 +408,15 @@ def count(gna: GNA, tiles: KernelTiles) -> Count:
     >>> count(GNA(512, 256), KernelTiles((1, 1, 64), 2, 2, (1, 1, 128), 128))
     Count(items=4, text_items=0, boxes=10, masked=4, text_boxes=0, text_masked=0)
     """
-    axes = [_axis_boxes(dim, tiles, axis)[1] for axis, dim in enumerate(padded_dims(gna))]
+    axes = [axis_boxes(dim, tiles, axis) for axis, dim in enumerate(padded_dims(gna))]
     plain, plain_free = map(math.prod, _plain_boxes(gna, tiles))
     text_items = text_item_count(gna, tiles.groups, tiles.rows)
-    items = math.prod(len(boxes.total) for boxes in axes) + text_items
-    boxes = math.prod(int(axis.total.sum()) for axis in axes) + text_items * plain
-    free = math.prod(int(axis.free_total.sum()) for axis in axes) + text_items * plain_free
+    items = math.prod(len(axis.spans.start) for axis in axes) + text_items
+    boxes, free = text_items * plain, text_items * plain_free
+    for shape in ([axis.first for axis in axes], [axis.rest for axis in axes if axis.rest]):
+        if shape:
+            boxes += math.prod(int(axis.total.sum()) for axis in shape)
+            free += math.prod(int(axis.free_total.sum()) for axis in shape)
     text_boxes, text_masked = text_key_boxes(gna, tiles)
     return Count(items, text_items, boxes, boxes - free, items * text_boxes, items * text_masked)
 
