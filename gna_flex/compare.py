@@ -213,8 +213,7 @@ def _kernel_tiles(q: Tensor, mask: GNABlockMask) -> str:
     from gna_flex.cuda import forward
 
     plan = forward.plan_for(mask.plan.gnas, q)
-    spare = 3 - mask.plan.gnas[0].ndim
-    return f"{by_x(plan.tiles.q_tile[spare:])} | {by_x(plan.tiles.kv_tile[spare:])}"
+    return " | ".join(plan.tiles.sides(mask.plan.gnas[0].ndim))
 
 
 def natten(q: Tensor, k: Tensor, v: Tensor, gna: GNA, backward: bool) -> Contender:

@@ -1,6 +1,7 @@
 """Plans without a GPU: kernels for capabilities, and what each kernel is told of boxes and of text."""
 
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -38,6 +39,22 @@ def test_maps_have_the_boxes_of_the_kernel(config: KernelConfig, tiles: KernelTi
     assert boxes == [*queries, *keys, *keys, *queries]
 
 
+def test_boxes_of_the_second_shape_have_maps_of_their_own() -> None:
+    gna = GRID_WITH_TEXT
+    tiles = KernelTiles((1, 4, 8), 2, 1, (1, 4, 8), 32, kv_rest=(1, 8, 4), rest_axis=2)
+    plan = HostPlan([gna], Config(64, 32), tiles, 64, False)
+    tensors = tuple(torch.zeros(1, 2, gna.tokens, 64, dtype=torch.bfloat16) for _ in range(4))
+    recorder, counters = Recorder(), torch.zeros(2, dtype=torch.int32)
+    with mock.patch.object(driver, "driver", return_value=recorder):
+        plan.arguments(tensors, torch.zeros(1, 2, gna.tokens), counters, 1.0, None)
+    maps = [recorder.maps[at] for at in sorted(recorder.maps)]
+    assert plan.config.key_shapes == 2
+    assert [list(keys) for keys in plan.params.keys] == [[1, 4, 8], [1, 8, 4]]
+    # After those of all operands, of keys and of values, which start where the grid does.
+    assert [m.box for m in maps[12:]] == [(64, 4, 8, 1, 1)] * 2
+    assert [m.address for m in maps[12:]] == [maps[3].address, maps[6].address]
+
+
 @cases
 def test_text_items_are_counted_in_the_kernels_boxes(config: KernelConfig, tiles: KernelTiles) -> None:
     plan = HostPlan([GRID_WITH_TEXT], config, tiles, 64, False)
@@ -72,8 +89,8 @@ def test_other_gpus_have_no_kernel(capability: tuple[int, int]) -> None:
         _ = Request((GNA(8, 3),), 64, False, 0, capability=capability).kernel
 
 
-@pytest.mark.parametrize("change", [{"groups": 1}, {"kv_slots": 48}, {"rows": 64}])
-def test_tiles_must_fit_the_kernel(change: dict[str, int]) -> None:
+@pytest.mark.parametrize("change", [{"groups": 1}, {"kv_slots": 48}, {"rows": 64}, {"kv_rest": (1, 8, 4)}])
+def test_tiles_must_fit_the_kernel(change: dict[str, Any]) -> None:
     sides = {"box": (1, 8, 8), "groups": 2, "split": 1, "kv_tile": (1, 4, 8), "kv_slots": 32, "rows": 128}
     with pytest.raises(ValueError, match="do not fit"):
         HostPlan([GNA((16, 16), 3)], BlackwellConfig(64, 32), KernelTiles(**(sides | change)), 64, False)

@@ -23,7 +23,7 @@ from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.blackwell import HEAD_DIMS  # noqa: E402
 from gna_flex.cuda.forward import Places  # noqa: E402
 from gna_flex.cuda.kernel import Config  # noqa: E402
-from gna_flex.cuda.tables import KernelTiles  # noqa: E402
+from gna_flex.cuda.tables import BOXES, REST_BOXES, REST_FREE_BOXES, KernelTiles, work_records  # noqa: E402
 
 PROBLEMS = {f"hopper, {name}": problem for name, problem in HOPPER.items()}
 PROBLEMS |= {f"blackwell, {name}": problem for name, problem in BLACKWELL.items()}
@@ -42,6 +42,16 @@ def test_both_kernels_have_every_feature() -> None:
     assert {config.head_dim for config in configs} == set(HEAD_DIMS)
     assert {config.keys for config in configs} == {32, 64, 96, 128}
     assert {config.polynomial for config in configs} >= {0, 2, 8}
+
+
+def test_problems_with_two_shapes_have_boxes_of_both() -> None:
+    problems = [problem for problem in HOPPER.values() if problem.tiles.kv_rest]
+    records = [work_records(problem.gna, problem.tiles) for problem in problems]
+    assert len(problems) == 5
+    for each in records:
+        assert each[:, BOXES].prod(axis=1).min() > 0 < each[:, REST_BOXES].prod(axis=1).max()
+    assert any((each[:, REST_BOXES] != each[:, REST_FREE_BOXES]).any() for each in records), "some need masks"
+    assert any(each[:, REST_FREE_BOXES].prod(axis=1).any() for each in records), "some need none"
 
 
 @pytest.mark.parametrize("holds", [False, True])

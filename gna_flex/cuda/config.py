@@ -110,6 +110,11 @@ class KernelConfig(ABC):
         return next(size for size in cls.head_dims if size >= head_dim)
 
     @property
+    def may_have_rests(self) -> bool:
+        """Whether key boxes of two shapes are worth trying."""
+        return False
+
+    @property
     def maps(self) -> int:
         """Tensor maps of one operand: of the grid, and of text before and after it."""
         return self.map_sets + 2 * self.text

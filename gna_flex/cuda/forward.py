@@ -439,7 +439,7 @@ def estimated(request: Request) -> tuple[KernelConfig, KernelTiles]:
 def tiles_for(gnas: tuple[GNA, ...], config: KernelConfig) -> KernelTiles:
     """Tiles of the least estimated cost for a configuration."""
     tiles = choose(gnas, config.keys, config.groups, config.rows)
-    return improved(gnas, tiles) if config.most_key_shapes > 1 else tiles
+    return improved(gnas, tiles) if config.may_have_rests else tiles
 
 
 @functools.lru_cache(maxsize=256)

@@ -71,6 +71,11 @@ class Config(KernelConfig):
         """
         return 1.33 if self.consumers == 3 else 1.0
 
+    @property
+    def may_have_rests(self) -> bool:
+        """Whether key boxes of two shapes are worth trying: at head dim 128, where they were measured."""
+        return self.head_dim == 128 and self.most_key_shapes > 1
+
     @classmethod
     def arch(cls, capability: Capability) -> str:
         """``sm_90a``: the one architecture that has the kernel's instructions."""

@@ -4,6 +4,8 @@ The keys that a box of queries meets are rarely a multiple of a key box along ev
 window of 18 x 24 x 24 for 5 x 6 x 4 queries) need 132 boxes of 2 x 8 x 9, which hold a tenth more. Along one dimension
 the keys that are left over after the last whole box can be those of boxes that are flat there: 110 boxes of 1 x 6 x 24,
 and 16 of 6 x 8 x 3 for the last 3 of 27. The kernel walks one grid of boxes, and then the other one.
+
+Both shapes fill their slots, so that no row of a slot keeps what another box left there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from gna_flex.cuda.shapes import (
     ITEM_COST,
     MASK_COST,
+    REST_COST,
     Gnas,
     axis_totals,
     box_cost,
@@ -31,22 +34,20 @@ from gna_flex.intervals import ceil_div
 
 QUERY_SHAPES = 12
 """Boxes of queries that are tried with two shapes of key boxes: those of least estimated time with one."""
-GAIN = 0.01
-"""The least part of the estimated time that a second shape must save."""
 
 
 def improved(gnas: Gnas, tiles: KernelTiles) -> KernelTiles:
-    """The best shapes with two of key boxes for the same slots, if they are clearly better than ``tiles``.
+    """The best shapes with two of key boxes for the same slots, if they are better than ``tiles``.
 
     >>> from gna_flex import GNA
     >>> from gna_flex.cuda.shapes import choose
     >>> gna = GNA((30, 48, 80), window=(18, 24, 24))
     >>> better = improved(gna, choose(gna, 144))
     >>> better.kv_tile, better.kv_rest, better.rest_axis
-    ((1, 6, 24), (6, 8, 3), 2)
+    ((6, 8, 3), (6, 3, 8), 1)
     """
     found = best(gnas, tiles.kv_slots, tiles.groups, tiles.rows)
-    return found if found and cost(gnas, found) < (1 - GAIN) * cost(gnas, tiles) else tiles
+    return found if found and cost(gnas, found) < cost(gnas, tiles) else tiles
 
 
 def best(gnas: Gnas, kv_slots: int, groups: int, rows: int) -> KernelTiles | None:
@@ -62,8 +63,8 @@ def best(gnas: Gnas, kv_slots: int, groups: int, rows: int) -> KernelTiles | Non
     sides = query_sides(queries, groups)
     costs = np.stack([axis_costs(gnas, sides, pairs, kv_slots, groups, rows, axis) for axis in range(3)])
     axis, query, pair = (int(i) for i in np.unravel_index(np.argmin(costs), costs.shape))
-    (box, split), (tile, rest) = queries[query], (tuple(int(n) for n in shape) for shape in pairs[pair])
-    return KernelTiles(box, groups, split, tile, kv_slots, rows, rest, axis)
+    (box, split), ((a, b, c), (x, y, z)) = queries[query], pairs[pair].tolist()
+    return KernelTiles(box, groups, split, (a, b, c), kv_slots, rows, (x, y, z), axis)
 
 
 def shape_pairs(shapes: list[tuple[int, int, int]], kv_slots: int) -> np.ndarray:
@@ -98,18 +99,14 @@ def axis_costs(
             items = items * axis_totals(dim, sides[:, d], tiles[:1], every[:1])[2]
         text_items = text_item_count(gna, groups, rows)
         every_item = items[:, None] + text_items
-        plain = text_items * np.prod(ceil_div(np.array(gna_lengths(gna)), pairs[:, 0]), axis=1)
-        plain_free = text_items * np.prod(np.array(gna_lengths(gna)) // pairs[:, 0], axis=1)
+        lengths = np.array([dim.length for dim in padded_dims(gna)])
+        plain = text_items * np.prod(ceil_div(lengths, pairs[:, 0]), axis=1)
+        plain_free = text_items * np.prod(lengths // pairs[:, 0], axis=1)
         text, text_masked = text_boxes(gna, np.array([kv_slots]), np.array([True]))
         boxes = first + rest + plain + every_item * text
         masked = boxes - every_item * (text - text_masked) - first_free - rest_free - plain_free
-        total += number * ((boxes + MASK_COST * masked) * box_cost(kv_slots) + ITEM_COST * every_item)
+        total += (1 + REST_COST) * number * ((boxes + MASK_COST * masked) * box_cost(kv_slots) + ITEM_COST * every_item)
     return total
-
-
-def gna_lengths(gna: object) -> list[int]:
-    """Lengths of the three dimensions."""
-    return [dim.length for dim in padded_dims(gna)]  # type: ignore[arg-type]
 
 
 def _along_rest(

@@ -18,6 +18,7 @@ import numpy as np
 
 from gna_flex.intervals import ceil_div, group_length, key_interval, query_interval
 from gna_flex.neighborhood import GNA
+from gna_flex.words import by_x
 
 Triple = tuple[int, int, int]
 
@@ -132,6 +133,15 @@ class KernelTiles:
         """Queries of one work item per dimension: the boxes of all warpgroups."""
         a, b, c = (side * (self.groups if axis == self.split else 1) for axis, side in enumerate(self.box))
         return a, b, c
+
+    def sides(self, ndim: int) -> tuple[str, str]:
+        """Tiles of queries and of keys as people write them, in the dimensions that a grid has.
+
+        >>> KernelTiles((1, 8, 8), 2, 1, (1, 9, 16), 144, kv_rest=(1, 48, 3)).sides(2)
+        ('16x8', '9x16 + 48x3')
+        """
+        keys = [by_x(side[3 - ndim :]) for side in (self.kv_tile, self.kv_rest) if side]
+        return by_x(self.q_tile[3 - ndim :]), " + ".join(keys)
 
     @property
     def fills_slots(self) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gna_flex import kernels, ops
-from gna_flex.cuda import forward, jit, shapes, tables
+from gna_flex.cuda import forward, jit, rests, shapes, tables
 from gna_flex.cuda.cache import cache_folder, open_own, write_own
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.forward import Plan, Request, estimated, request_on
@@ -37,7 +37,7 @@ from gna_flex.kernels import FLOAT8
 from gna_flex.mask import GNABlockMask
 from gna_flex.neighborhood import GNA
 from gna_flex.routing import Facts, facts_on, obstacle_to, with_verdict
-from gna_flex.words import by_x, plain_text, times
+from gna_flex.words import plain_text, times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -115,7 +115,7 @@ class Tuning:
             table.add_column(name, justify="right", no_wrap=True)
         for entry in self.measurements:
             name = " ".join(role for role, one in (("*", self.chosen), ("default", self.default)) if one == entry)
-            sides = (by_x(tile[3 - self.gnas[0].ndim :]) for tile in (entry.tiles.q_tile, entry.tiles.kv_tile))
+            sides = entry.tiles.sides(self.gnas[0].ndim)
             numbers = (str(entry.config.keys), str(entry.config.groups), f"{entry.milliseconds:,.3f}")
             speedup = times(self.default.milliseconds / entry.milliseconds)
             table.add_row(name, *sides, *numbers, speedup, style="bold" if entry == self.chosen else "")
@@ -224,7 +224,14 @@ def candidates(request: Request) -> list[Shapes]:
     for config in request.kernel.variants(request.head_dim, request.capability, request.text):
         most = (TILES_PER_CONFIG, TILES_PER_CONFIG)
         best = shapes.candidates(gnas, config.groups, (config.keys,), *most, config.rows)
-        found += [(place, one.cost * config.box_time, (config, one.tiles)) for place, one in enumerate(best)]
+        tiles = [one.tiles for one in best]
+        if config.may_have_rests and (two := rests.best(gnas, config.keys, config.groups, config.rows)):
+            tiles.append(two)
+            tiles.sort(key=lambda one: shapes.cost(gnas, one))
+        found += [
+            (place, shapes.cost(gnas, one) * config.box_time, (config, one))
+            for place, one in enumerate(tiles[:TILES_PER_CONFIG])
+        ]
     found.sort(key=lambda entry: entry[:2])
     return list(dict.fromkeys([estimated(request), *(entry[2] for entry in found)]))[:MOST_CANDIDATES]
 
@@ -436,6 +443,7 @@ def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
     sides: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in facts["tiles"].items()}
     tiles = KernelTiles(**sides)
     numbers = (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots, tiles.rows)
+    numbers += (*(tiles.kv_rest or ()), tiles.rest_axis)
     if not all(type(n) is int for n in numbers):
         raise ValueError(f"{tiles} are not whole numbers")
     if not config.fits(tiles):
