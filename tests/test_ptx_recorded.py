@@ -28,7 +28,7 @@ LEAST_EQUAL = 0.995
 def test_recorded_on_a_gpu() -> None:
     machine = json.loads(str(FILE["machine"]))
     assert machine["gpu"] == "NVIDIA H100 80GB HBM3"
-    assert len(NAMES) == 9
+    assert len(NAMES) == 11
 
 
 @pytest.mark.parametrize("name", NAMES)

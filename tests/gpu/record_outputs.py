@@ -23,6 +23,8 @@ RECORDED = (
     "2-D",
     "3-D, stride, float16",
     "text, some of it valid",
+    "dilation and text",
+    "two shapes, text, queries held",
     "causal in one of two, float16, head dim 128",
     "grouped heads",
     "a window per head",
