@@ -65,7 +65,7 @@ class KernelConfig(ABC):
     head_dims: ClassVar[tuple[int, ...]]
     """Compiled head dims; others are padded to the next one with zeros."""
     most_key_shapes: ClassVar[int] = 1
-    """Whether the kernel knows key boxes of two shapes."""
+    """Shapes of key boxes that one launch can have."""
     rows: ClassVar[int]
     """Queries of one box, and text tokens in one."""
 
