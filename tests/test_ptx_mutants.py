@@ -15,7 +15,7 @@ from machine_code import needs_nvrtc
 needs_nvrtc()
 
 from kernel_mutants import COMMON, Change, Mutation  # noqa: E402
-from kernel_problems import ONE_BOX, TWO, Problem  # noqa: E402
+from kernel_problems import HOPPER, ONE_BOX, TWO, Problem  # noqa: E402
 
 from gna_flex import GNA  # noqa: E402
 from gna_flex.cuda.kernel import Config  # noqa: E402
@@ -103,6 +103,17 @@ MUTATION = Mutation(RUNS, CHANGES, cannot_matter)
 HOLDING = Mutation(HOLDING_RUNS, HOLDING_CHANGES, cannot_matter_holding, thin=12)
 """The kernel with queries in registers. The last run is of items that nothing but barriers of queries orders."""
 
+TWO_SHAPES = Mutation(
+    [(problem, 0) for name, problem in HOPPER.items() if "two shapes" in name and problem.config == CONFIG],
+    {
+        # Not bit 5 of a mask, of which scores are selected.
+        "mask of the first shape": (r"(and\.b32\s+%\w+, %\w+, )32;(?!\n.*\n\tselp\.f32)", r"\g<1>0;", 1),
+        "no sign of the second shape": (r"(or\.b32\s+%\w+, %\w+, )32;", r"\g<1>0;", 1),
+        "other maps": (r"(selp\.b64\s+%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 1),
+    },
+)
+"""What only a kernel for key boxes of two shapes has."""
+
 
 @pytest.mark.slow
 def test_nothing_is_caught_where_nothing_is_wrong() -> None:
@@ -121,3 +132,10 @@ def test_mutants_are_caught(name: str) -> None:
 )
 def test_mutants_are_caught_with_queries_in_registers(name: str) -> None:
     assert HOLDING.survivors(name) == []
+
+
+@pytest.mark.parametrize("name", TWO_SHAPES.changes)
+def test_mutants_are_caught_with_two_shapes_of_key_boxes(name: str) -> None:
+    assert len(TWO_SHAPES.runs) == 2
+    assert len(list(TWO_SHAPES.mutants(name))) > 0
+    assert TWO_SHAPES.survivors(name) == []
