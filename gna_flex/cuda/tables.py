@@ -232,10 +232,8 @@ def key_boxes(lo: Any, hi: Any, free_lo: Any, free_hi: Any, side: Any, below: bo
 
 
 def left_over(lo: Any, hi: Any, side: Any, rest_side: Any) -> Any:
-    """How many keys at the end of ``[lo, hi)`` go to a box of the second shape, ``rest_side`` long there.
-
-    Those that boxes of ``side`` keys leave over, if one box of the second shape holds them, and one of the first comes
-    before it. Arrays that broadcast together.
+    """How many keys at the end of ``[lo, hi)`` go to a box of the second shape, ``rest_side`` long there: those that
+    boxes of ``side`` keys leave over, if it holds them and one of the first shape comes before it.
 
     >>> left_over(*np.array([3, 32, 8, 5])), left_over(*np.array([3, 32, 8, 4])), left_over(*np.array([3, 8, 8, 5]))
     (array(5), array(0), array(0))
