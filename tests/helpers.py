@@ -129,6 +129,15 @@ class Sizes(NamedTuple):
 DEFAULT_SIZES = Sizes()
 
 
+def random_rest(rng: random.Random, kv_tile: tuple[int, int, int], slots: int) -> tuple[int, int, int] | None:
+    """A second shape of key boxes for the kernel, with as many keys, if there is one."""
+    keys = math.prod(kv_tile)
+    sides = [n for n in range(1, keys + 1) if keys % n == 0]
+    shapes = [(a, b, keys // (a * b)) for a in sides for b in sides if keys // a % b == 0]
+    fitting = [shape for shape in shapes if sum(shape) + sum(kv_tile) < slots]
+    return rng.choice(fitting) if fitting else None
+
+
 def random_gna(
     rng: random.Random, ndim: int | None = None, sizes: Sizes = DEFAULT_SIZES, text: Iterable[int] = (0, 0, 1, 5, 9)
 ) -> GNA:

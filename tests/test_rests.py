@@ -38,9 +38,9 @@ def test_table_of_costs_is_the_cost_of_each_choice(rng, kv_slots, groups):
         return
     queries = rng.choices(query_shapes(gna, groups, 64), k=5)
     pairs = np.array(rng.choices(pairs.tolist(), k=4))
+    costs = rests.pair_costs(gna, query_sides(queries, groups), pairs, kv_slots, groups, 64)
     for axis in range(3):
-        costs = rests.axis_costs(gna, query_sides(queries, groups), pairs, kv_slots, groups, 64, axis)
-        for (box, split), row in zip(queries, costs, strict=True):
+        for (box, split), row in zip(queries, costs[axis], strict=True):
             for (tile, rest), estimate in zip(pairs.tolist(), row, strict=True):
                 tiles = KernelTiles(box, groups, split, tuple(tile), kv_slots, 64, tuple(rest), axis)
                 assert estimate == pytest.approx(cost(gna, tiles))

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import attended, dense_mask, random_gna
+from helpers import attended, dense_mask, random_gna, random_rest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,17 +57,8 @@ def random_tiles(rng: random.Random, rows: int = 64) -> KernelTiles:
     slots = rng.choice([16, 32, 48, 64, 96, 128, 160])
     box = rng.choice([(1, 1, 61), (1, 6, 7), (3, 3, 7), *(random_box(rng, rng.choice([rows, 8])) for _ in range(5))])
     kv_tile = random_box(rng, slots)
-    rest = random_rest(rng, kv_tile, slots)
+    rest = random_rest(rng, kv_tile, slots) if rng.random() < 0.6 else None
     return KernelTiles(box, rng.randint(1, 4), rng.randint(0, 2), kv_tile, slots, rows, rest, rng.randint(0, 2))
-
-
-def random_rest(rng: random.Random, kv_tile: tuple[int, int, int], slots: int) -> tuple[int, int, int] | None:
-    """A second shape with as many keys, or none."""
-    keys = math.prod(kv_tile)
-    sides = [n for n in range(1, keys + 1) if keys % n == 0]
-    shapes = [(a, b, keys // (a * b)) for a in sides for b in sides if keys // a % b == 0]
-    fitting = [shape for shape in shapes if sum(shape) + sum(kv_tile) < slots]
-    return rng.choice(fitting) if fitting and rng.random() < 0.6 else None
 
 
 def product(*axes: np.ndarray) -> np.ndarray:

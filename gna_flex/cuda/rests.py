@@ -15,21 +15,20 @@ import math
 import numpy as np
 
 from gna_flex.cuda.shapes import (
-    ITEM_COST,
-    MASK_COST,
     REST_COST,
     Gnas,
     axis_totals,
-    box_cost,
     cost,
     distinct_spans,
     heads_of,
     key_shapes,
     query_sides,
     search_shapes,
+    side_totals,
     text_boxes,
+    time_of,
 )
-from gna_flex.cuda.tables import KernelTiles, Spans, boxes_and_rest, padded_dims, text_item_count
+from gna_flex.cuda.tables import Dim, KernelTiles, Spans, boxes_and_rest, padded_dims, text_item_count
 from gna_flex.intervals import ceil_div
 
 QUERY_SHAPES = 12
@@ -52,8 +51,7 @@ def improved(gnas: Gnas, tiles: KernelTiles) -> KernelTiles:
 
 def best(gnas: Gnas, kv_slots: int, groups: int, rows: int) -> KernelTiles | None:
     """The shapes of least estimated time with two of key boxes, which fill their slots; ``None`` if there are none."""
-    heads = heads_of(gnas)
-    first = next(iter(heads))
+    first = next(iter(heads_of(gnas)))
     pairs = shape_pairs([shape for shape in key_shapes(first, kv_slots) if math.prod(shape) == kv_slots], kv_slots)
     if not len(pairs):
         return None
@@ -61,7 +59,7 @@ def best(gnas: Gnas, kv_slots: int, groups: int, rows: int) -> KernelTiles | Non
     chosen = np.argsort(search.costs.min(axis=1), kind="stable")[:QUERY_SHAPES]
     queries = [search.queries[i] for i in chosen]
     sides = query_sides(queries, groups)
-    costs = np.stack([axis_costs(gnas, sides, pairs, kv_slots, groups, rows, axis) for axis in range(3)])
+    costs = pair_costs(gnas, sides, pairs, kv_slots, groups, rows)
     axis, query, pair = (int(i) for i in np.unravel_index(np.argmin(costs), costs.shape))
     (box, split), ((a, b, c), (x, y, z)) = queries[query], pairs[pair].tolist()
     return KernelTiles(box, groups, split, (a, b, c), kv_slots, rows, (x, y, z), axis)
@@ -73,55 +71,52 @@ def shape_pairs(shapes: list[tuple[int, int, int]], kv_slots: int) -> np.ndarray
     return np.array(pairs).reshape(-1, 2, 3)
 
 
-def axis_costs(
-    gnas: Gnas, sides: np.ndarray, pairs: np.ndarray, kv_slots: int, groups: int, rows: int, axis: int
-) -> np.ndarray:
-    """Estimated times with the second shape along ``axis``, ``[Q, P]``, as :func:`gna_flex.cuda.shapes.cost` has them.
+def pair_costs(gnas: Gnas, sides: np.ndarray, pairs: np.ndarray, kv_slots: int, groups: int, rows: int) -> np.ndarray:
+    """Estimated times with the second shape along each dimension, as :func:`gna_flex.cuda.shapes.cost` has them.
 
-    ``sides[Q, 3]`` of query tiles, ``pairs[P, 2, 3]`` of key boxes.
+    ``sides[Q, 3]`` of query tiles, ``pairs[P, 2, 3]`` of key boxes; the result is ``[3, Q, P]``.
     """
-    total = np.zeros((len(sides), len(pairs)))
+    total = np.zeros((3, len(sides), len(pairs)))
     for gna, number in heads_of(gnas).items():
-        first, first_free, rest, rest_free = (np.ones((1, 1)) for _ in range(4))
-        items = np.ones(len(sides))
-        for d, dim in enumerate(padded_dims(gna)):
-            (side_spans, weight), (tiles, rests) = distinct_spans(dim, np.unique(sides[:, d])), pairs[:, :, d].T
-            every = np.ones(len(pairs), bool)
-            if d == axis:
-                counts = _along_rest(side_spans, weight, sides[:, d], tiles, rests)
-            else:
-                counts = [
-                    totals for side in (tiles, rests) for totals in axis_totals(dim, sides[:, d], side, every)[:2]
-                ]
-            first, first_free, rest, rest_free = (
-                a * b for a, b in zip((first, first_free, rest, rest_free), counts, strict=True)
-            )
-            items = items * axis_totals(dim, sides[:, d], tiles[:1], every[:1])[2]
+        dims = padded_dims(gna)
+        both, items = zip(*(_both_shapes(dim, sides[:, d], pairs[:, :, d]) for d, dim in enumerate(dims)), strict=True)
+        rests = [_along_rest(dim, sides[:, d], pairs[:, :, d]) for d, dim in enumerate(dims)]
         text_items = text_item_count(gna, groups, rows)
-        every_item = items[:, None] + text_items
-        lengths = np.array([dim.length for dim in padded_dims(gna)])
+        every_item = np.prod(items, axis=0)[:, None] + text_items
+        lengths = np.array([dim.length for dim in dims])
         plain = text_items * np.prod(ceil_div(lengths, pairs[:, 0]), axis=1)
         plain_free = text_items * np.prod(lengths // pairs[:, 0], axis=1)
         text, text_masked = text_boxes(gna, np.array([kv_slots]), np.array([True]))
-        boxes = first + rest + plain + every_item * text
-        masked = boxes - every_item * (text - text_masked) - first_free - rest_free - plain_free
-        total += (1 + REST_COST) * number * ((boxes + MASK_COST * masked) * box_cost(kv_slots) + ITEM_COST * every_item)
+        for axis in range(3):
+            counts = zip(*(rests[d] if d == axis else both[d] for d in range(3)), strict=True)
+            first, first_free, rest, rest_free = map(math.prod, counts)
+            boxes = first + rest + plain + every_item * text
+            masked = boxes - every_item * (text - text_masked) - first_free - rest_free - plain_free
+            total[axis] += (1 + REST_COST) * number * time_of(boxes, masked, every_item, kv_slots)
     return total
 
 
-def _along_rest(
-    spans: Spans, weight: np.ndarray, sides: np.ndarray, tiles: np.ndarray, rests: np.ndarray
-) -> list[np.ndarray]:
-    """Boxes and free ones of the first shape, then of the second, along the dimension of the rest, ``[Q, P]``."""
-    begin = np.searchsorted(spans.sequence, np.arange(spans.sequence[-1] + 1))
-    side_of = np.unique(sides, return_inverse=True)[1]
-    both = np.unique(np.stack([tiles, rests]), axis=1, return_inverse=True)
-    (some_tiles, some_rests), pair_of = both[0], both[1].reshape(-1)
+Counts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Boxes and free ones of the first shape, then of the second, along one dimension, ``[Q, P]`` each."""
+
+
+def _both_shapes(dim: Dim, sides: np.ndarray, pairs: np.ndarray) -> tuple[Counts, np.ndarray]:
+    """Counts along a dimension that both shapes share, and query tiles there, ``[Q]``."""
+    every = np.ones(len(pairs), bool)
+    first, first_free, items = axis_totals(dim, sides, pairs[:, 0], every)
+    rest, rest_free, _ = axis_totals(dim, sides, pairs[:, 1], every)
+    return (first, first_free, rest, rest_free), items
+
+
+def _along_rest(dim: Dim, sides: np.ndarray, pairs: np.ndarray) -> Counts:
+    """Counts along the dimension in which the second shape has what the first leaves over."""
+    some_sides, side_of = np.unique(sides, return_inverse=True)
+    some_pairs, pair_of = np.unique(pairs, axis=0, return_inverse=True)
+    spans, weight = distinct_spans(dim, some_sides)
     column = Spans(*(values[:, None] for values in spans))
-    found = boxes_and_rest(column, some_tiles, some_rests)
-    totals = []
-    for boxes in found:
-        for values in (boxes.total, boxes.free_total):
-            sums = np.add.reduceat(values * weight[:, None], begin, axis=0).astype(float)
-            totals.append(sums[:, pair_of][side_of])
-    return totals
+    first, rest = boxes_and_rest(column, *some_pairs.T)
+
+    def totals(values: np.ndarray) -> np.ndarray:
+        return side_totals(spans, weight, values)[:, pair_of.reshape(-1)][side_of]
+
+    return totals(first.total), totals(first.free_total), totals(rest.total), totals(rest.free_total)

@@ -224,14 +224,10 @@ def candidates(request: Request) -> list[Shapes]:
     for config in request.kernel.variants(request.head_dim, request.capability, request.text):
         most = (TILES_PER_CONFIG, TILES_PER_CONFIG)
         best = shapes.candidates(gnas, config.groups, (config.keys,), *most, config.rows)
-        tiles = [one.tiles for one in best]
         if config.may_have_rests and (two := rests.best(gnas, config.keys, config.groups, config.rows)):
-            tiles.append(two)
-            tiles.sort(key=lambda one: shapes.cost(gnas, one))
-        found += [
-            (place, shapes.cost(gnas, one) * config.box_time, (config, one))
-            for place, one in enumerate(tiles[:TILES_PER_CONFIG])
-        ]
+            both = [*best, shapes.Candidate(two, shapes.cost(gnas, two))]
+            best = sorted(both, key=lambda one: one.cost)[:TILES_PER_CONFIG]
+        found += [(place, one.cost * config.box_time, (config, one.tiles)) for place, one in enumerate(best)]
     found.sort(key=lambda entry: entry[:2])
     return list(dict.fromkeys([estimated(request), *(entry[2] for entry in found)]))[:MOST_CANDIDATES]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import random_rest
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from torch.utils.flop_counter import FlopCounterMode
@@ -121,17 +122,10 @@ def random_tiles(rng: random.Random, gna: GNA, config: KernelConfig) -> KernelTi
 
     split = rng.choice(range(3 - gna.ndim, 3))
     tiles = KernelTiles(box(config.rows), config.groups, split, box(config.keys), config.keys, config.rows)
-    rest = random_rest(rng, tiles) if config.most_key_shapes > 1 and rng.random() < 0.5 else None
+    rest = (
+        random_rest(rng, tiles.kv_tile, tiles.kv_slots) if config.most_key_shapes > 1 and rng.random() < 0.5 else None
+    )
     return replace(tiles, kv_rest=rest, rest_axis=rng.randrange(3))
-
-
-def random_rest(rng: random.Random, tiles: KernelTiles) -> tuple[int, int, int] | None:
-    """A second shape of key boxes, if there is one."""
-    keys = math.prod(tiles.kv_tile)
-    sides = [n for n in range(1, keys + 1) if keys % n == 0]
-    shapes = [(a, b, keys // (a * b)) for a in sides for b in sides if keys // a % b == 0]
-    fitting = [shape for shape in shapes if sum(shape) + sum(tiles.kv_tile) < tiles.kv_slots]
-    return rng.choice(fitting) if fitting else None
 
 
 CONFIGS: dict[str, tuple[KernelConfig, ...]] = {
