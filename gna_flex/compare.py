@@ -140,7 +140,8 @@ def in_turns(ways: list[Contender], backward: bool, device: str, repeats: int) -
             known = times[way.name]
             last = known[-1] if known else SAMPLE
             if len(known) < 2 or last < SLOW:
-                known.append(time_backward(way) if backward else time_one(run, device, math.ceil(SAMPLE / last)))
+                calls = math.ceil(SAMPLE / last)
+                known.append(time_backward(way, calls) if backward else time_one(run, device, calls))
     return {name: statistics.median(values[min(WARM_UP, len(values) - 1) :]) for name, values in times.items()}
 
 
@@ -291,22 +292,31 @@ def time_one(run: Callable[[], Any], device: str, calls: int = 1, settle: bool =
     return _between_events(run, calls)
 
 
-def time_backward(way: Contender) -> float:
-    """Milliseconds of one backward on a GPU, after the forward that it belongs to."""
+def time_backward(way: Contender, calls: int = 1) -> float:
+    """Milliseconds of one backward on a GPU, over several, after as many that are not timed; each has its forward."""
     assert way.run is not None
-    out = way.run()
-    grad = torch.randn_like(out)
-    return _between_events(lambda: way.gradients(out, grad), 1)
+    grad, times = torch.randn_like(way.run()), []
+    for _ in range(2 * calls):
+        out = way.run()
+        times.append(_events(functools.partial(way.gradients, out, grad)))
+    torch.cuda.synchronize()
+    return sum(float(start.elapsed_time(stop)) for start, stop in times[calls:]) / calls
 
 
 def _between_events(run: Callable[[], Any], calls: int) -> float:
+    start, stop = _events(run, calls)
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / calls
+
+
+def _events(run: Callable[[], Any], calls: int = 1) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Events before and after the calls."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
         run()
     stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / calls
+    return start, stop
 
 
 def check_rows(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: GNABlockMask, rows: int = 64) -> None:
