@@ -34,21 +34,22 @@ class DensePass:
     def launch(
         self,
         tensors: tuple[Tensor, ...],
+        results: tuple[Tensor, ...],
         statistics: Tensor,
         scale: float,
         text_valid: Tensor | None,
         sums: Sums | None = None,
     ) -> None:
         if self.config.rows_are_keys:
-            key, value, query, grad, *to = tensors
+            key, value, query, grad = tensors
         else:
-            query, grad, key, value, *to = tensors
+            query, grad, key, value = tensors
         of_query, *of_others = dense_gradients(query, key, value, grad, KEEP, scale)[:3]
         assert (sums is not None) == self.config.fused
         if sums is not None:
             assert not sums.sums.any()
             sums.to.copy_(of_query)
-        for x, found in zip(to, of_others if self.config.rows_are_keys else (of_query, of_query), strict=True):
+        for x, found in zip(results, of_others if self.config.rows_are_keys else (of_query,), strict=True):
             x.copy_(found)
         self.taken.append("fused" if sums is not None else "keys" if self.config.rows_are_keys else "queries")
 

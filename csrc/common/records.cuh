@@ -106,22 +106,24 @@ struct Sums {
   void* to;              // the gradients: 16-bit floats
   long long strides[3];  // elements from one batch entry, head, token of `to` to the next
   int* counters;         // slices that are taken; for each group: items that are done, slices that are rounded
-  int places, groups, slices, slice_rows, head_dim;  // slices of a head
+  int places, groups, slices, slice_rows;  // slices of a head
   int rounders;          // CTAs that do nothing else
 };
 
 // The passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the
-// other way round. `q` leads to rows1 and the gradients, `k` and `v` to what streams by.
+// other way round. `q` leads to rows1, `k` and `v` to what streams by.
 struct BackwardParams : Params {
   const float2* statistics;  // [batch, heads of queries, tokens]: log-sum-exp in base 2, and delta
+  void* results[2];             // 16-bit floats, of which rows have `head_dim`: gradients of queries; or of keys and of values
+  long long result_strides[3];  // elements from one batch entry, head, token to the next
   Address rows2, dq;
   float scale;
+  int head_dim;
   Sums sums;
 };
 
 struct BackwardMaps {
-  TensorMap rows1[MAP_SETS + 2 * TEXT], rows2[MAP_SETS + 2 * TEXT], inner1[MAP_SETS + 2 * TEXT], inner2[MAP_SETS + 2 * TEXT],
-      out1[MAP_SETS + 2 * TEXT], out2[MAP_SETS + 2 * TEXT];
+  TensorMap rows1[MAP_SETS + 2 * TEXT], rows2[MAP_SETS + 2 * TEXT], inner1[MAP_SETS + 2 * TEXT], inner2[MAP_SETS + 2 * TEXT];
 #if defined(FUSED) && FUSED
   TensorMap dq[MAP_SETS + 2 * TEXT];
 #endif

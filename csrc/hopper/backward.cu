@@ -36,7 +36,6 @@ static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168, "a launch 
 static_assert(kHeadDim <= (kRowsAreKeys ? 128 : 256), "two accumulators of more columns leave no registers");
 static_assert(!kFused || (kRowsAreKeys && kKeys == 64 && kHeadDim % 64 == 0), "dS of 64 queries, half of the columns in whole chunks");
 
-constexpr u32 kResultChunk = kFused ? kRows * kRowBytes : kQueryChunk;  // from one chunk of results to the next
 constexpr u32 kQueryBytes = kChunks * kQueryChunk, kKeyBytes = kChunks * kKeyChunk;
 constexpr u32 kRows1 = 0, kRows2 = kRows1 + kRowStages * kQueryBytes, kRing = kRows2 + kRowStages * kQueryBytes,
               kScoreGrads = kRing + kStages * 2 * kKeyBytes, kScoreGradBytes = kRows * 2 * kKeys,
@@ -68,8 +67,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2];
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1 + kRowsAreKeys + kFused);
-    for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, kFused ? 4 * kConsumers : kConsumers);
+    for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, 4 * kConsumers + 1 + kRowsAreKeys + kFused);
+    for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, 4 * kConsumers);
     for (int i = 0; i < kStages; i++) barrier_init(y_full + 8 * i, 1 + kRowsAreKeys), barrier_init(y_empty + 8 * i, 4 * kConsumers);
     barrier_init(few_left, 1);
     for (int i = 0; i < kConsumers; i++) barrier_init(turn + 8 * i, 4);
@@ -297,20 +296,23 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       }
     }
   };
-  // Gradients to shared memory, from where they leave. Keys of text that do not count have none.
-  auto write = [&](const Work& W, float (&x)[kHeadDim / 2], u32 to) {
-    if (TEXT && kRowsAreKeys)
+  // Writes gradients of this thread's rows. Keys of text that do not count have none.
+  auto write = [&](const Work& W, const float (&x)[kHeadDim / 2], void* results) {
+    const long long head = W.head / P.heads * P.result_strides[0] + W.head % P.heads * P.result_strides[1];
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-        if (ignored(W, r))
+    for (int r = 0; r < 2; r++) {
+      const int token = token_of(W, r);
+      const u32 kept = ignored(W, r) ? 0 : ~0u;
+      unsigned short* const to = (unsigned short*)results + head + token * P.result_strides[2] + 8 * lane_class;
 #pragma unroll
-          for (int i = 0; i < kHeadDim / 2; i++) x[i] = (i >> 1 & 1) == r ? 0.f : x[i];
+      for (int i = 0; i < kHeadDim / 2; i += 16) {  // 32 columns of a row, of which four threads have two of each 8
+        const float* v = x + i + 2 * r;
+        u32 words[4];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; i++) {
-      const int row = warp * 16 + lane % 16, piece = i % (kColumns / 16) * 2 + lane / 16;
-      const int swizzled = kColumns == 64 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
-      const float* v = x + 8 * i;
-      store_matrices(to + i / (kColumns / 16) * kResultChunk + row * kRowBytes + swizzled * 16, pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+        for (int g = 0; g < 4; g++) words[g] = pack(v[4 * g], v[4 * g + 1]) & kept;
+        transpose(words, lane_class);
+        if (token >= 0 && 2 * i + 8 * lane_class < P.head_dim) store_global(to + 2 * i, words);
+      }
     }
   };
 #if FUSED
@@ -325,7 +327,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       store_matrices(to + ((2 * g + lane / 16) ^ (lane & 7)) * 16, ds[4 * g] & counts[0], ds[4 * g + 1] & counts[1], ds[4 * g + 2] & counts[0],
                      ds[4 * g + 3] & counts[1]);
     fence_async();
-    __syncwarp();
+    named_barrier(1 + consumer, 128);  // products of dK read what all warps of the consumer wrote
     release(ds_full);
   };
   // This consumer's columns of dQ: dS K over all keys.
@@ -337,6 +339,12 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       const u32 ds = (i < kRows / 16 ? ds0 : ds1) + i % (kRows / 16) * 16 * 128;
       mma_dq(dq, operand<128>(ds, 16, 8 * 128), operand(from + i * 16 * kRowBytes, 16, 8 * kRowBytes), i != 0);
     }
+  };
+  // dS^T Q over the queries of a box. With an operand in registers the consumer would wait here for all products before.
+  auto multiply_own = [&](float (&dk)[kHeadDim / 2], u32 queries) {
+    const Parts ds{leads ? score_grads(D.phase) : base + kScoreGrads, 16, 8 * 128}, columns{queries, kKeyChunk, 8 * kRowBytes};
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; i++) mma_dk(dk, ds.at(32 * i), columns.at(i * 16 * kRowBytes), 1);
   };
   // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Of these, pieces 2 q and 2 q + 1 are
   // what thread q of four holds, so that no bank is met twice; sums.cuh puts columns in order.
@@ -355,25 +363,12 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     release(dq_full + 8 * consumer);
   };
 #endif
-  auto store_box = [&](const Work& W, u32 from, const TensorMap* map) {
-    const int b = W.head / P.heads, h = W.head % P.heads;
-    const bool text = is_text(W);
-    const int step0 = text ? 0 : P.beside[0], step1 = text ? 0 : P.beside[1], step2 = text ? kRows : P.beside[2];
-    for (int i = 0; i < kChunks; i++)
-      tensor_store(map, from + i * kResultChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
-                   W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
-  };
-
   for (;; X.next(kRowStages), R.next(kRecords)) {
     barrier_wait(r_full + 8 * R.index, R.phase);
     const Work& W = work[R.index];
     const int boxes = W.boxes * inner_heads(P);
     if (boxes == 0) break;
     begin(W);
-    if (kFused) {  // dQ goes where results of the item before came from
-      if (threadIdx.x % 128 == 0) stores_read();
-      named_barrier(1 + consumer, 128);
-    }
     barrier_wait(x_full + 8 * X.index, X.phase);
     const u32 rows1 = own_rows(kRows1), rows2 = own_rows(kRows2);
     u32 used = 0;  // the slot of the last box, to be given back once its last product is done
@@ -419,7 +414,11 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       multiply_shared(dq, j < leads ? rows1 : score_grads(odd), j < leads ? rows1 : base + kScoreGrads);
       mma_commit();
 #endif
+#if FUSED
+      multiply_own(first, slot);
+#else
       add_values(first, ds, slot);
+#endif
       mma_commit();
       if (kRowsAreKeys) mma_wait<1>(), keep(second);
 #if FUSED
@@ -431,6 +430,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #endif
     }
     release(turn + 8 * leads);
+    if (kFused && !leads) release(x_empty + 8 * X.index);
+    if (kRowsAreKeys) write(W, second, P.results[1]);
 #if FUSED
     if (leads) {
       float dq[kHeadDim / 4];
@@ -443,43 +444,17 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       release(ds_empty);
       release(x_empty + 8 * X.index);
       hand_over(dq, odd);
-    } else release(x_empty + 8 * X.index);
+    }
 #endif
     mma_wait<0>(), keep(first);
     release(used);
-#if FUSED
-    // Results leave one after the other through this consumer's half of dQ: the next item's rows are on their way to the slot.
-    const int set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
-    const u32 half = base + kQueryGrads + consumer * kQueryGradBytes;
-    const bool stores = threadIdx.x % 128 == 0;
-    auto leave = [&](float (&x)[kHeadDim / 2], const TensorMap* map) {
-      write(W, x, half);
-      fence_async();
-      named_barrier(1 + consumer, 128);
-      if (stores) store_box(W, half, map), stores_begin();
-    };
-    barrier_wait(dq_empty + 8 * consumer, D.phase ^ 1);
-    leave(second, &maps.out2[set]);
-    if (stores) stores_read();
-    named_barrier(1 + consumer, 128);
-    leave(first, &maps.out1[set]);
-    if (stores) barrier_arrive(r_empty + 8 * R.index);
-#else
-    // Results leave from the place of the rows.
-    write(W, first, rows1);
-    if (kRowsAreKeys) write(W, second, rows2);
-    fence_async();
-    named_barrier(1 + consumer, 128);
-    if (threadIdx.x % 128 == 0) {
-      const int set = is_text(W) ? MAP_SETS + W.kind - 1 : W.lengths;
-      store_box(W, rows1, &maps.out1[set]);
-      if (kRowsAreKeys) store_box(W, rows2, &maps.out2[set]);
-      barrier_arrive(r_empty + 8 * R.index);
-      stores_begin(), stores_read();
-      barrier_arrive(x_empty + 8 * X.index);
-    }
-#endif
+    if (!kFused) release(x_empty + 8 * X.index);
+    write(W, first, P.results[0]);
+    __syncwarp();
+    release(r_empty + 8 * R.index);
   }
-  if (threadIdx.x % 128 == 0) stores_done();
-  if (kFused) round_sums<kTable, kSumsFull>(P, shared);
+#if FUSED
+  barrier_wait(dq_empty + 8 * consumer, D.phase ^ 1);  // the last dQ has left, too
+  round_sums<kTable, kSumsFull>(P, shared);
+#endif
 }

@@ -33,6 +33,11 @@ __device__ __forceinline__ void store_four(u32 to, float a, float b, float c, fl
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
+// In one piece, which the compiler would not promise.
+__device__ __forceinline__ void store_global(void* to, const u32 (&x)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // ---- bits and bytes
 
 // `count` bits from bit `first` on; none beyond the word.
@@ -47,6 +52,22 @@ __device__ __forceinline__ u32 pick_bytes(u32 low, u32 high, u32 choice) {
   u32 r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(choice));
   return r;
+}
+
+// Words of four threads side by side become those of one: thread `lane_class` gets its word of each.
+__device__ __forceinline__ void transpose(u32 (&words)[4], int lane_class) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool high = lane_class & step;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & step) continue;
+      u32 &low_word = words[i], &high_word = words[i + step];
+      const u32 other = __shfl_xor_sync(~0u, high ? low_word : high_word, step);
+      if (high) low_word = other;
+      else high_word = other;
+    }
+  }
 }
 
 // ---- matrix multiplication of a warp: c[16, 8] += a[16, 16] b[16, 8]

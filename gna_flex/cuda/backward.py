@@ -41,8 +41,8 @@ from gna_flex.torch_private import current_stream
 
 log = logging.getLogger("gna_flex")
 
-OPERANDS = ("rows1", "rows2", "inner1", "inner2", "out1", "out2")
-"""Tensors of one pass: those of rows, those that stream by, and results."""
+OPERANDS = ("rows1", "rows2", "inner1", "inner2")
+"""Inputs of one pass: those of rows, and those that stream by."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,12 @@ class BackwardConfig(Config):
         return super().defines() | {"ROWS_ARE_KEYS": int(self.rows_are_keys), "FUSED": int(self.fused)}
 
     def generated_header(self) -> str:
-        """``hopper/generated.cuh``, with the product of two transposed operands that a fused pass has."""
-        kind = "f16" if self.float16 else "bf16"
-        more = multiply_shared("mma_dq", self.head_dim // 2, kind, transposed=True) if self.fused else ""
-        return super().generated_header() + more
+        """``hopper/generated.cuh``, with the products of a fused pass whose operands are transposed."""
+        kind, header = "f16" if self.float16 else "bf16", super().generated_header()
+        if self.fused:
+            header += multiply_shared("mma_dq", self.head_dim // 2, kind, (True, True))
+            header += multiply_shared("mma_dk", self.head_dim, kind, (False, True))
+        return header
 
 
 def default_config(head_dim: int, rows_are_keys: bool, fused: bool = False) -> BackwardConfig:
@@ -109,9 +111,12 @@ def backward_parameters(map_sets: int) -> type[ctypes.Structure]:
     class BackwardParams(parameters(map_sets)):  # type: ignore[misc]
         _fields_ = (
             ("statistics", ctypes.c_void_p),
+            ("results", ctypes.c_void_p * 2),
+            ("result_strides", ctypes.c_longlong * 3),
             ("rows2", Address),
             ("dq", Address),
             ("scale", ctypes.c_float),
+            ("head_dim", ctypes.c_int),
             ("sums", SumsParams),
         )
 
@@ -140,6 +145,7 @@ class Pass(Plan):
     def launch(
         self,
         tensors: Sequence[Tensor],
+        results: Sequence[Tensor],
         statistics: Tensor,
         scale: float,
         text_valid: Tensor | None,
@@ -149,13 +155,13 @@ class Pass(Plan):
         index = self.request.device
         stream, capturing = current_stream(index), torch.cuda.is_current_stream_capturing()
         valid = 0 if text_valid is None else text_valid.data_ptr()
-        layouts = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+        layouts = [(x.data_ptr(), x.shape, x.stride()) for x in (*tensors, *results)]
         of_sums = None if sums is None else (sums.ring, sums.sums.data_ptr(), sums.to.data_ptr(), sums.to.stride())
         call = (*layouts, statistics.data_ptr(), scale, stream, valid, of_sums)
         arguments = None if capturing else self._known.get(call)
         if arguments is None:
             counters = launch_counters(self, stream, capturing)
-            arguments = self.pass_arguments(tensors, statistics, counters, scale, text_valid, sums)
+            arguments = self.pass_arguments(tensors, results, statistics, counters, scale, text_valid, sums)
             if not capturing:
                 self._known.keep(call, arguments)
         grid = (min(self.processors, arguments.values[1].total), 1, 1)
@@ -177,6 +183,7 @@ class Pass(Plan):
     def pass_arguments(
         self,
         tensors: Sequence[Tensor],
+        results: Sequence[Tensor],
         statistics: Tensor,
         counters: Tensor,
         scale: float,
@@ -185,17 +192,20 @@ class Pass(Plan):
     ) -> driver.Arguments:
         """Tensor maps and parameters of a launch with these tensors, in the order of :data:`OPERANDS`.
 
-        ``statistics``: float32 ``[B, H, S, 2]`` of all queries. Both results have the same strides. ``sums``: of the
-        queries' gradients, for a fused pass.
+        ``results``: gradients of queries; or of keys and of values, with the same strides. ``statistics``: float32
+        ``[B, H, S, 2]`` of all queries. ``sums``: of the queries' gradients, for a fused pass.
         """
         outer, inner = tensors[0], tensors[2]
         sets = self.config.maps
         maps = driver.TensorMaps((len(OPERANDS) + self.config.fused) * sets)
         params = type(self.params).from_buffer_copy(self.params)
-        places = {"rows1": "q", "rows2": "rows2", "inner1": "k", "inner2": "v", "out1": "o", "out2": "o"}
+        places = {"rows1": "q", "rows2": "rows2", "inner1": "k", "inner2": "v"}
         for operand, (name, x) in enumerate(zip(OPERANDS, tensors, strict=True)):
             setattr(params, places[name], self._encode(maps, operand * sets, x, is_keys=name.startswith("inner")))
         params.counters, params.statistics = counters.data_ptr(), statistics.data_ptr()
+        for i, result in enumerate(results):
+            params.results[i] = result.data_ptr()
+        params.result_strides, params.head_dim = (ctypes.c_longlong * 3)(*results[0].stride()[:3]), outer.shape[-1]
         if sums is not None:
             params.dq = self._encode(maps, len(OPERANDS) * sets, sums.sums, is_keys=True)
             params.sums = sums.params
@@ -268,9 +278,9 @@ def backward(
         except torch.OutOfMemoryError as error:
             log.info("the backward takes two passes, which need less memory than a fused one: %s", error)
             of_keys = pass_for(request, rows_are_keys=True)
-    of_keys.launch((k, v, q, grad, dk, dv), statistics, scale, text_valid, sums)
+    of_keys.launch((k, v, q, grad), (dk, dv), statistics, scale, text_valid, sums)
     if sums is None:
-        pass_for(request, rows_are_keys=False).launch((q, grad, k, v, dq, dq), statistics, scale, text_valid)
+        pass_for(request, rows_are_keys=False).launch((q, grad, k, v), (dq,), statistics, scale, text_valid)
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 
 

@@ -145,10 +145,10 @@ def _holds(head_dim: int, keys: int, text: bool) -> bool:
     return text and head_dim == 128 and keys <= 128
 
 
-def multiply_shared(name: str, columns: int, kind: str, transposed: bool = False) -> str:
+def multiply_shared(name: str, columns: int, kind: str, transposed: tuple[bool, bool] = (False, False)) -> str:
     """``d[64, columns] (+)= a b`` with both operands in shared memory; transposed ones have ``k`` rows."""
     count = columns // 2
-    inputs, layout = '"l"(a), "l"(b), "r"(accumulate)', "1, 1" if transposed else "0, 0"
+    inputs, layout = '"l"(a), "l"(b), "r"(accumulate)', ", ".join(str(int(x)) for x in transposed)
     body = f".reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
     body += _instruction(columns, kind, f"%{count}, %{count + 1}, p, 1, 1, {layout}")
     return _wrapper(name, count, "u64 a, u64 b, int accumulate", body, inputs)

@@ -33,7 +33,7 @@ class SumsParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ring", "to")),
         ("strides", ctypes.c_longlong * 3),
         ("counters", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("places", "groups", "slices", "slice_rows", "head_dim", "rounders")),
+        *((name, ctypes.c_int) for name in ("places", "groups", "slices", "slice_rows", "rounders")),
     )
 
 
@@ -107,7 +107,7 @@ class Sums:
     @property
     def params(self) -> SumsParams:
         """What the kernel is told."""
-        ring, (_, _, tokens, head_dim) = self.ring, self.to.shape
+        ring, tokens = self.ring, self.to.shape[2]
         pointers, strides = (self.sums.data_ptr(), self.to.data_ptr()), (ctypes.c_longlong * 3)(*self.to.stride()[:3])
-        counts = (ring.places, ring.groups, ceil_div(tokens, ring.slice_rows), ring.slice_rows, head_dim, ring.rounders)
+        counts = (ring.places, ring.groups, ceil_div(tokens, ring.slice_rows), ring.slice_rows, ring.rounders)
         return SumsParams(*pointers, strides, self.counters.data_ptr(), *counts)

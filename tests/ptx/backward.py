@@ -49,9 +49,10 @@ def run(
     gnas = tuple(Transposed.of(gna) for gna in gnas) if config.rows_are_keys else tuple(gnas)
     plan = HostPass(gnas, config, tiles, rows.shape[-1], rows.dtype == torch.float16)
     first = torch.full_like(rows, torch.nan)
-    second = torch.full_like(rows, torch.nan) if config.rows_are_keys else first
-    arrays = dict(zip(backward.OPERANDS, (*tensors, first), strict=False)) | {"statistics": statistics}
-    arrays |= {"out2": second} if config.rows_are_keys else {}
+    second = torch.full_like(rows, torch.nan)
+    results = (first, second) if config.rows_are_keys else (first,)
+    arrays = dict(zip(backward.OPERANDS, tensors, strict=True)) | {"statistics": statistics}
+    arrays |= {f"result {i}": result for i, result in enumerate(results)}
     sums = None
     if plan.config.fused:
         of_queries = torch.full_like(tensors[2], torch.nan)
@@ -59,12 +60,10 @@ def run(
         arrays |= {"sums": sums.sums, "of queries": of_queries}
     launch(
         plan,
-        lambda counters: plan.pass_arguments((*tensors, first, second), statistics, counters, scale, text_valid, sums),
+        lambda counters: plan.pass_arguments(tensors, results, statistics, counters, scale, text_valid, sums),
         arrays,
         Machine(parse(change(ptx(plan.config))) if change else kernel(plan.config), seed, **rules),
         blocks=blocks,
         text_valid=text_valid,
     )
-    if sums is not None:
-        return of_queries, first, second
-    return (first, second) if config.rows_are_keys else (first,)
+    return results if sums is None else (of_queries, *results)
