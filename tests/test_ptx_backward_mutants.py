@@ -3,10 +3,12 @@
 The kinds of change are those of the forward kernel, by default some of them, and all with ``PTX_MUTANTS=all``. More
 than there cannot matter:
 
-- The next item is taken late, and consumers take turns, for speed only: nobody needs these two waits, and it does not
-  matter whose turn comes first. But in a fused pass turns order the consumers' gradients of scores.
+- Consumers take turns, and the next item is taken late, for speed only: nobody needs these two waits. It does not
+  matter either whose turn comes first, but in a fused pass, whose consumers need each other's gradients of scores.
 - Products of weights are waited for at a box's end. Where rows are keys that is for the compiler, which is short of
   registers; in a fused pass they could be one group with the next products, which are waited for there, too.
+- In a fused pass consumer 1 waits for gradients of scores of both. Its turn comes when those of consumer 0 are there,
+  and a barrier orders its own.
 - For its last gradients of queries a fused pass has registers that only products write: that fence is for the compiler.
 """
 
@@ -38,9 +40,9 @@ BARRIERS = (
     *("x_full", "x_empty") * CONFIG.query_stages,
     *["y_full"] * CONFIG.key_stages,
     *["y_empty"] * CONFIG.key_stages,
-    *("r_full", "r_full", "r_empty", "r_empty", "few_left", "turn", "turn"),
+    *("r_full", "r_full", "r_empty", "r_empty", "few_left", "turn", "turn", "ds_full"),
 )
-"""Barriers in the order in which the kernel has them, but for those of fused passes."""
+"""Barriers in the order in which the kernel has them, but for most of fused passes."""
 PROBLEM = Problem(GNA((8, 16), (5, 9)), CONFIG, TWO, heads=2, key_heads=2)
 MANY = PROBLEM._replace(heads=6, key_heads=6)
 RUNS = (
@@ -99,20 +101,26 @@ def awaits(text: str, match: re.Match[str]) -> str:
     return names.get(place(text[: match.start()], re.findall(r"\[(%\w+)\]", match[1])[0]), "")
 
 
+def with_registers(before: str) -> bool:
+    """Whether the last product in a text has an operand in registers."""
+    return "}, {" in before.rpartition("wgmma.mma_async")[2].partition(";")[0]
+
+
 def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
     """What cannot matter in the forward either, and the changes in the text of this file, in its order."""
     fused = "cp.reduce" in text
     before, after = text[: match.start()], text[match.end() :]
     until, _, product = after.partition("wgmma.mma_async")
-    if name == "no wait" and awaits(text, match) in ("few_left", *["turn"] * (not fused)):
+    if name == "no wait" and awaits(text, match) in ("turn", "few_left"):
+        return True
+    if name == "no wait" and awaits(text, match) == "ds_full" and with_registers(before):
         return True
     if name == "other parity" and awaits(text, match) == "turn" and not fused:
         return True
     if name == "no product wait" and match[0].endswith(" 1;") and not product:
         return True
     if name == "no product commit" and product and "wgmma" not in until:
-        # Of products with an operand in registers; that of scores is waited for alone.
-        return "}, {" in before.rpartition("wgmma.mma_async")[2].partition(";")[0]
+        return with_registers(before)  # that of scores is waited for alone
     if name == "no product fence" and f"\t{product.partition('{')[2].partition(',')[0]}," not in text:
         return True
     return cannot_matter(name, text, match)

@@ -409,8 +409,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         mma_commit();
       }
 #if FUSED
-      // Consumer 0 shared its dS before this turn of consumer 1. Of the box before the first one there is nothing: any product that
-      // nobody reads, as a branch costs registers.
+      if (!leads) barrier_wait(ds_full, odd);
+      // Of the box before the first one there is nothing: any product that nobody reads, as a branch costs registers.
       multiply_shared(dq, j < leads ? rows1 : score_grads(odd), j < leads ? rows1 : base + kScoreGrads);
       mma_commit();
 #endif
