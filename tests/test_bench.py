@@ -349,6 +349,29 @@ def test_slow_ways_are_timed_once(monkeypatch):
     assert min(times.values()) > 0
 
 
+def test_backwards_are_timed_once_clocks_have_settled(monkeypatch):
+    """Of six backwards, each after a forward, the first three take 9 ms here and do not count."""
+    x = torch.ones(4, requires_grad=True)
+    backwards = []
+    x.register_hook(lambda grad: backwards.append(grad))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(backwards)
+
+        def elapsed_time(self, end):
+            assert end.at == self.at + 1, "one backward, and no forward, between two events"
+            return 9.0 if self.at < 3 else 2.0 + self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert compare.time_backward(Contender("way", lambda: 2 * x, (x,)), 3) == 6.0
+    assert len(backwards) == 6
+
+
 @pytest.mark.parametrize("wrong", ["", "mask", "scale", "order"])
 def test_gradients_are_checked_before_they_are_timed(wrong):
     """The budget of a plain run in 16 bits lets right gradients pass, and no others."""

@@ -10,7 +10,8 @@
 //                    each, and tensor copies add that to sums in global memory, in an order that nobody knows.
 // Of each pair, scores come from the first products' (rows1 inner1^T), gradients of weights from the second (rows2 inner2^T):
 //   P = 2^(scores * scale - lse),  dS = P (dP - delta),  delta = sum(dO O) over columns, less the gradient of the log-sum-exp.
-// P and dS are accumulators that become operands in registers. Without FUSED results repeat in every bit.
+// P and dS are accumulators that become operands in registers; with FUSED dS is an operand in shared memory of dK, too, not only of
+// dQ. Without FUSED results repeat in every bit.
 //
 // The consumers take turns: while one computes weights, the other one multiplies, its last products of a box and the scores of
 // the next. Left alone they drift into doing the same at the same time.
