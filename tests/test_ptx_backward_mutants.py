@@ -63,7 +63,7 @@ OF_SUMS: dict[str, Change] = {
     "no load of sums": (r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier[^;]*;", "", 1),
     "no zeros": (r"cp\.async\.bulk\.global\.shared::cta\.bulk_group[^;]*;", "", 1),
     "other bytes": (r"(cp\.async\.bulk\.\S+ \[\S+\], \[\S+\], )(%\w+)((?:, \[\S+\])?;)", more(-16), 1),
-    "no exchange": (r"shfl\.sync\.bfly[^;]*;", "", 3),
+    "no exchange": (r"shfl\.sync\.bfly[^;]*;", "", 11),
 }
 """Changes of what only fused passes have."""
 
