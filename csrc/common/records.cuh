@@ -113,7 +113,7 @@ struct Sums {
 // The passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the
 // other way round. `q` leads to rows1, `k` and `v` to what streams by.
 struct BackwardParams : Params {
-  const float2* statistics;  // [batch, heads of queries, tokens]: log-sum-exp in base 2, and delta
+  const float2* statistics;     // [batch, heads of queries, tokens]: log-sum-exp in base 2, and delta
   void* results[2];             // 16-bit floats, of which rows have `head_dim`: gradients of queries; or of keys and of values
   long long result_strides[3];  // elements from one batch entry, head, token to the next
   Address rows2, dq;

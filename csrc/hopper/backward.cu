@@ -414,8 +414,6 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       // Of the box before the first one there is nothing: any product that nobody reads, as a branch costs registers.
       multiply_shared(dq, j < leads ? rows1 : score_grads(odd), j < leads ? rows1 : base + kScoreGrads);
       mma_commit();
-#endif
-#if FUSED
       multiply_own(first, slot);
 #else
       add_values(first, ds, slot);
