@@ -97,7 +97,7 @@ def test_instructions(config: BackwardConfig, tmp_path: Path) -> None:
     assert not [i for i in spills if products[0] <= i <= products[-1]]
     if config.fused and config.head_dim == 128:
         loop = products[-1 - of_queries // 2] - products[0]
-        assert loop <= 640, f"{loop}: code elsewhere has made a step longer, of which 25 instructions cost 2 %"
+        assert loop <= 650, f"{loop}: code elsewhere has made a step longer, of which 25 instructions cost 2 %"
 
 
 def test_statistics_kernel() -> None:

@@ -37,7 +37,7 @@ from gna_flex.cuda.tables import KernelTiles  # noqa: E402
 
 CONFIG = Config(64, 32, query_stages=1)
 BARRIERS = (
-    *("x_full", "x_empty") * CONFIG.query_stages,
+    *("x_full", "x_empty", "z_full", "z_empty") * CONFIG.query_stages,
     *["y_full"] * CONFIG.key_stages,
     *["y_empty"] * CONFIG.key_stages,
     *("r_full", "r_full", "r_empty", "r_empty", "few_left", "turn", "turn", "ds_full"),

@@ -45,7 +45,7 @@ constexpr u32 kRows1 = 0, kRows2 = kRows1 + kRowStages * kQueryBytes, kRing = kR
               kStatistics = kWindows + kConsumers * kRows * 3 * sizeof(int2),
               kWork = kStatistics + kRowsAreKeys * kStages * kKeys * sizeof(float2), kBoxes = kWork + kRecords * sizeof(Work),
               kBarriers = kBoxes + kStages * sizeof(KeyBox),
-              kSumsFull = kBarriers + 8 * (2 * kRecords + 2 * kRowStages + 2 * kStages + 1 + kConsumers + (2 + 2 * kConsumers) * kFused),
+              kSumsFull = kBarriers + 8 * (2 * kRecords + 4 * kRowStages + 2 * kStages + 1 + kConsumers + (2 + 2 * kConsumers) * kFused),
               kSharedBytes = kSumsFull + 8 * kRoundStages * kConsumers * kFused;
 static_assert(!kFused || kRoundShared <= kTable, "what is rounded at the end lies where rows, boxes and dQ were");
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
@@ -57,8 +57,9 @@ extern "C" __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
 gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardParams P) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 base = shared_address(shared);
-  const u32 x_full = base + kBarriers, x_empty = x_full + 8 * kRowStages, y_full = x_empty + 8 * kRowStages, y_empty = y_full + 8 * kStages,
-            r_full = y_empty + 8 * kStages, r_empty = r_full + 8 * kRecords;
+  // Full and empty: x and z are the slots of rows1 and rows2, y those of what streams by, r records.
+  const u32 x_full = base + kBarriers, x_empty = x_full + 8 * kRowStages, z_full = x_empty + 8 * kRowStages, z_empty = z_full + 8 * kRowStages;
+  const u32 y_full = z_empty + 8 * kRowStages, y_empty = y_full + 8 * kStages, r_full = y_empty + 8 * kStages, r_empty = r_full + 8 * kRecords;
   const u32 few_left = r_empty + 8 * kRecords, turn = few_left + 8;                                    // turn, dq_*: one for each consumer
   const u32 ds_full = turn + 8 * kConsumers, ds_empty = ds_full + 8, dq_full = ds_empty + 8, dq_empty = dq_full + 8 * kConsumers;
   u32* table = (u32*)(shared + kTable);
@@ -69,7 +70,10 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, 4 * kConsumers + 1 + kRowsAreKeys + kFused);
-    for (int i = 0; i < kRowStages; i++) barrier_init(x_full + 8 * i, 2), barrier_init(x_empty + 8 * i, 4 * kConsumers);
+    for (int i = 0; i < kRowStages; i++) {
+      barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, 4 * kConsumers);
+      barrier_init(z_full + 8 * i, 1), barrier_init(z_empty + 8 * i, 4 * kConsumers);
+    }
     for (int i = 0; i < kStages; i++) barrier_init(y_full + 8 * i, 1 + kRowsAreKeys), barrier_init(y_empty + 8 * i, 4 * kConsumers);
     barrier_init(few_left, 1);
     for (int i = 0; i < kConsumers; i++) barrier_init(turn + 8 * i, 4);
@@ -107,10 +111,12 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #endif
         barrier_arrive(r_full + 8 * R.index);
 
-        barrier_wait(x_empty + 8 * X.index, X.phase);
-        const u32 full = x_full + 8 * X.index;
-        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows1 + X.index * kQueryBytes, full, maps.rows1, P.q, queries, lengths, P);
-        load_queries<kConsumers, kRows, kColumns, kChunks>(base + kRows2 + X.index * kQueryBytes, full, maps.rows2, P.rows2, queries, lengths, P);
+        auto load = [&](u32 rows, u32 full, u32 empty, const TensorMap* map, const Address& at) {
+          barrier_wait(empty + 8 * X.index, X.phase);
+          load_queries<kConsumers, kRows, kColumns, kChunks>(base + rows + X.index * kQueryBytes, full + 8 * X.index, map, at, queries, lengths, P);
+        };
+        load(kRows2, z_full, z_empty, maps.rows2, P.rows2);  // which the last item needs no more when its last box begins
+        load(kRows1, x_full, x_empty, maps.rows1, P.q);
         barrier_wait(few_left, F.phase);
         w = atomicAdd(P.counters, 1) + gridDim.x - rounders;
       }
@@ -371,6 +377,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
     if (boxes == 0) break;
     begin(W);
     barrier_wait(x_full + 8 * X.index, X.phase);
+    barrier_wait(z_full + 8 * X.index, X.phase);
     const u32 rows1 = own_rows(kRows1), rows2 = own_rows(kRows2);
     u32 used = 0;  // the slot of the last box, to be given back once its last product is done
 #pragma unroll 1
@@ -391,8 +398,9 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
       if (j > 0) release(used);
       used = y_empty + 8 * Y.index;
       weigh(s, box, statistics);
-      if (kRowsAreKeys) to_operand(s, p);
       mma_wait<0>(), keep(d);
+      if (kRowsAreKeys) to_operand(s, p);
+      if (j == boxes - 1) release(z_empty + 8 * X.index);
       differentiate(s, d, statistics);
       to_operand(s, ds);
       // No product is in flight while operands are packed: else the compiler would need further registers, and serialise all.

@@ -69,13 +69,13 @@ class BackwardConfig(Config):
         """Shared memory of one CTA, as the kernel lays it out.
 
         >>> BackwardConfig(128, 96, query_stages=1, key_stages=3).shared_bytes
-        218136
+        218152
         """
         slots, ring = 2 * self.query_stages * self.consumers * ROWS, 2 * self.key_stages * self.keys
         tables = (self.keys + 5) * 16 * -(-self.keys // 128) + self.consumers * ROWS * 24
         tables += 8 * self.keys * self.key_stages * self.rows_are_keys + 2 * WORK_BYTES + 16 * self.key_stages
         shared = (2 * 3 * ROWS * self.keys + 4 * self.keys * self.head_dim) * self.fused
-        barriers = 2 * 2 + 2 * self.query_stages + 2 * self.key_stages + 1 + self.consumers
+        barriers = 2 * 2 + 4 * self.query_stages + 2 * self.key_stages + 1 + self.consumers
         barriers += (2 + (2 + ROUND_STAGES) * self.consumers) * self.fused
         return (slots + ring) * self.head_dim * 2 + shared + tables + 8 * barriers
 
