@@ -22,7 +22,7 @@
 // slot while the last values are multiplied, and then the output of this item enters it.
 //
 // Tried and left out: key boxes that one warpgroup of two skips (6 % fewer boxes, no gain but for one shape), clusters of two
-// CTAs that share key boxes by multicast (1 to 2 % faster, for 40 lines and a fixed order of items), turns of the consumers as in
+// CTAs that share key boxes by multicast (README.md: less energy, but more stalls), turns of the consumers as in
 // backward.cu (no gain), scores of the next item beside the last values of this one (in one loop over the boxes of all items, or
 // between two items: fewer idle cycles, but 2 to 4 % slower), exponentials as polynomials (4 to 10 % slower), windows in shared
 // memory (0 to 1 % slower), 3 consumers with 80 keys at head dim 128 (dense within noise, masks 2 to 9 % slower). The GPU runs at
