@@ -128,8 +128,8 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
 
 
 OF_RESULTS: dict[str, Change] = {
-    "no result": (r"st\.global\.v4\.u32[^;]*;", "", 7),
-    "words swapped": (r"(st\.global\.v4\.u32 \[\S+\], \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 7),
+    "no result": (r"st\.global\.v4\.u32[^;]*;", "", 3),
+    "words swapped": (r"(st\.global\.v4\.u32 \[\S+\], \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 3),
 }
 """Changes of how results of all passes leave."""
 ONLY_FUSED = ("no store wait", "no store commit", "no stmatrix", "matrices swapped")
