@@ -61,7 +61,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   auto table_of = [&](int shape) { return table + (shape ? mask_table_words(P.keys[0]) : 0); };
-  const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2];
+  const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2], box_rows = P.box[0] * P.box[1] * P.box[2];
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1);
@@ -76,7 +76,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   if (kMaskProducts && P.places.steps) fill_places(shared + kPlacesAt, P.places, P.keys[0]);
   if (threadIdx.x < kRows) in_box[threadIdx.x] = coordinates(threadIdx.x, P.box);
   // Rows that no box ever fills: a weight of zero must not meet a NaN there, nor a row that nobody needs have scores of NaN.
-  const u32 zeros = P.box[0] * P.box[1] * P.box[2] < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kPlacesAt : kKeysAt;
+  const u32 zeros = box_rows < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kPlacesAt : kKeysAt;
   for (u32 i = zeros / 16 + threadIdx.x; i < zeros_end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
   fence_async();
   __syncthreads();
@@ -161,7 +161,6 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   int box_mask;  // of the current key box; where it begins is read only where there is a mask, as registers are short
   u32 mask[2][kMaskWords];
   int2 window[2][3];
-  int left;  // rows of the item from this thread's first one on
 
   auto release = [&](u32 bar) {
     if (lane == 0) barrier_arrive(bar);
@@ -202,8 +201,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
 
   // Begins an item: no output yet, and the windows of this thread's rows.
   auto begin = [&] {
-    rows = Rows{};
-    left = (is_text() ? kRows : P.box[0] * P.box[1] * P.box[2]) - row_of(0);
+#pragma unroll
+    for (int r = 0; r < 2; r++) rows.sum[r] = 0.f, rows.shift[r] = is_text() || row_of(r) < box_rows ? NO_KEY : kNoRow;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.f;
     if (!W.masked) return;
@@ -291,7 +290,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         exists &= at < P.text_tokens[work[R.index].kind - 1];
         token += at;
       } else {
-        exists &= row_of(r) < P.box[0] * P.box[1] * P.box[2];
+        exists &= row_of(r) < box_rows;
 #pragma unroll
         for (int d = 0; d < 3; d++) {
           const int at = position(r, d);
@@ -299,7 +298,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
           token += at * P.token_stride[d];
         }
       }
-      const float lse = fmaf(rows.maximum[r], P.scale_log2, __log2f(rows.sum[r])) * 0.69314718f;
+      const float lse = rows.sum[r] == 0.f ? MINUS_INFINITY : (rows.shift[r] + __log2f(rows.sum[r])) * 0.69314718f;
       if (exists) P.lse[(long long)W.head * P.tokens + token] = lse;
     }
   };
@@ -360,26 +359,27 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       if (kMaskProducts && box_mask & kProductMask) issue_mask(s, hidden);
       issue_values();
       // Bit by bit where it is no product, or a row has met no key so far.
-      const bool by_bits = box_mask != kNoMask && (!kMaskProducts || !(box_mask & kProductMask) || has_no_key(rows, left));
+      const bool by_bits = box_mask != kNoMask && (!kMaskProducts || !(box_mask & kProductMask) || has_no_key(rows));
       if (by_bits) find_mask();
       mma_wait<1>(), keep(s);
       if (kMaskProducts && box_mask & kProductMask)
 #pragma unroll
         for (int i = 0; i < 8; i++) asm volatile("" ::"r"(hidden[i / 4][i / 2 % 2][i % 2]));  // until then they were read
-      bool raised = false, fits = false;
-      const bool first_key = by_bits && meets_first_key(rows, mask, left);
+      bool fits = false;
+      const bool first_key = by_bits && meets_first_key(rows, mask);
       if (!first_key) {
         if (by_bits) hide(s, mask);
-        fits = softmax_kept(s, rows, P.scale_log2, box_mask != kNoMask, left);
+        fits = softmax_kept(s, rows, P.scale_log2);
         if (!fits) scores_again(s, q_rows), find_mask();
       }
-      if (!fits) raised = weigh(s);
+      if (!fits && __any_sync(~0u, weigh(s))) {
+        mma_wait<0>(), keep(o);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; i++) o[i] *= rows.rescale[i >> 1 & 1];
+      }
       keys_used();
       mma_wait<0>(), keep(o);
       values_used();
-      if (__any_sync(~0u, raised))
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; i++) o[i] *= rows.rescale[i >> 1 & 1];
       to_operand(s, p);
     }
     issue_values();
