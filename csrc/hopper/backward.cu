@@ -284,12 +284,9 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
         x = weight(x, kRowsAreKeys ? column.x : lse[r]);
         y = weight(y, kRowsAreKeys ? column.y : lse[r]);
-        if (masked) {
-          x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : 0.f;
-          y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : 0.f;
-        }
       }
     }
+    if (masked) hide(s, mask, 0.f);  // a branch of its own: instructions that a predicate turns off are issued all the same
   };
   // Weights and their gradients to gradients of scores.
   auto differentiate = [&](float (&s)[kKeys / 2], const float (&d)[kKeys / 2], const float* statistics) {
@@ -327,12 +324,13 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   // dS has two slots, those of even and of odd boxes.
   auto score_grads = [&](u32 odd) { return base + kScoreGrads + (1 + odd) * kScoreGradBytes; };
   // dS to shared memory, for both consumers: 64 queries side by side in a key's row.
-  auto share = [&](const u32 (&ds)[kKeys / 4]) {
-    const u32 to = (leads ? score_grads(D.phase) : base + kScoreGrads) + (warp * 16 + lane % 16) * 128;
+  auto share = [&](u32 (&ds)[kKeys / 4]) {
+    const u32 to = (leads ? score_grads(D.phase) : base + kScoreGrads) + (warp * 16 + lane % 16) * 128 + (lane / 16 ^ lane & 7) * 16;
+    if (__any_sync(~0u, ~(counts[0] & counts[1])))
 #pragma unroll
-    for (int g = 0; g < kKeys / 16; g++)
-      store_matrices(to + ((2 * g + lane / 16) ^ (lane & 7)) * 16, ds[4 * g] & counts[0], ds[4 * g + 1] & counts[1], ds[4 * g + 2] & counts[0],
-                     ds[4 * g + 3] & counts[1]);
+      for (int i = 0; i < kKeys / 4; i++) ds[i] &= counts[i % 2];
+#pragma unroll
+    for (int g = 0; g < kKeys / 16; g++) store_matrices(to ^ 32 * g, ds[4 * g], ds[4 * g + 1], ds[4 * g + 2], ds[4 * g + 3]);
     fence_async();
     named_barrier(1 + consumer, 128);  // products of dK read what all warps of the consumer wrote
     release(ds_full);
@@ -353,18 +351,16 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < kKeys / 16; i++) mma_dk(dk, ds.at(32 * i), columns.at(i * 16 * kRowBytes), 1);
   };
-  // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Of these, pieces 2 q and 2 q + 1 are
-  // what thread q of four holds, so that no bank is met twice; sums.cuh puts columns in order.
+  // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Piece 4 j + i of four columns begins at
+  // column 8 i + 4 j, so that the 16 threads of half a warp meet no bank twice; sums.cuh puts columns in order.
   auto hand_over = [&](const float (&dq)[kHeadDim / 4], u32 odd) {
-    const u32 to = base + kQueryGrads + consumer * kQueryGradBytes + row_of(0) * 128 + (2 * lane_class ^ lane / 4) * 16;
+    const u32 to = base + kQueryGrads + consumer * kQueryGradBytes + row_of(0) * 128 + ((lane_class / 2 * 4) ^ lane / 4) * 16 + lane_class % 2 * 8;
     barrier_wait(dq_empty + 8 * consumer, odd ^ 1);
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 32; i++)
+    for (int i = 0; i < kHeadDim / 16; i++)
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const float* x = dq + 8 * i + 2 * r;
-        store_four((to ^ i % 2 * 16) + i / 2 * kKeys * 128 + r * 8 * 128, x[0], x[1], x[4], x[5]);
-      }
+      for (int r = 0; r < 2; r++)
+        store_two((to ^ i % 4 * 16) + i / 4 * kKeys * 128 + r * 8 * 128, dq[4 * i + 2 * r], dq[4 * i + 2 * r + 1]);
     fence_async();
     __syncwarp();
     release(dq_full + 8 * consumer);

@@ -53,6 +53,18 @@ __device__ __forceinline__ void count_mask(u32 (&mask)[kMaskWords], int count, i
   }
 }
 
+// Columns that a mask leaves out get one value: scores minus infinity, weights zero.
+__device__ __forceinline__ void hide(float (&s)[kKeys / 2], const u32 (&mask)[2][kMaskWords], float hidden) {
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+#pragma unroll
+    for (int g = 0; g < kKeys / 8; g++) {
+      float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
+      x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : hidden;
+      y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : hidden;
+    }
+}
+
 // ---- Masks as a product, which scores are added to: of what is hidden among the coordinates of a key box (a row's, minus
 // 2^127 each) and coordinates of its columns (2^127 each). Hidden scores become minus infinity, others stay as they are. Not in
 // float16, which has no 2^127, nor for three consumers, which have no registers to spare.

@@ -12,18 +12,6 @@ struct Rows {
   float shift[2], sum[2], rescale[2];
 };
 
-// Scores of columns that a mask leaves out become minus infinity.
-__device__ __forceinline__ void hide(float (&s)[kKeys / 2], const u32 (&mask)[2][kMaskWords]) {
-#pragma unroll
-  for (int r = 0; r < 2; r++)
-#pragma unroll
-    for (int g = 0; g < kKeys / 8; g++) {
-      float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
-      x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : MINUS_INFINITY;
-      y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : MINUS_INFINITY;
-    }
-}
-
 // Scores of row r to weights; their sum.
 __device__ __forceinline__ float weights(float (&s)[kKeys / 2], int r, float scale, float shift) {
   float sum[2];
