@@ -205,12 +205,16 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, lane_class = lane % 4;
   const u32 leads = consumer == 0;
+  // Where a lane's rows of dS and dQ are in shared memory, kept: the compiler would work them out in every box.
+  u32 in_ds = (warp * 16 + lane % 16) * 128 + (lane / 16 ^ lane & 7) * 16, in_dq = (warp * 16 + lane / 4) * 128 + (2 * lane_class ^ lane / 4) * 16;
+  if (kFused) asm volatile("" : "+r"(in_ds), "+r"(in_dq));
   Stage X{0, 0}, Y{0, 0}, R{0, 0}, D{0, 0};
   float first[kHeadDim / 2];                        // dQ or dK
   float second[kHeadDim / 2];                       // dV, where rows are keys
   u32 p[kKeys / 4];        // weights as an operand, where rows are keys
   float lse[2], delta[2];  // of this thread's rows, where they are queries
-  u32 counts[2];           // bits of dS that count in this thread's rows, if FUSED
+  u32 counts[2];           // bits of masks, of this thread's rows: none for keys that do not exist or count, if FUSED
+  bool some_ignored = false;  // whether there are such keys among the warp's
   // The window of row r of this thread in dimension d. In shared memory, as registers are short; only its warp meets it.
   auto window = [&](int r, int d) -> int2& { return ((int2*)(shared + kWindows))[(consumer * kRows + warp * 16 + lane / 4 + 8 * r) * 3 + d]; };
 
@@ -262,19 +266,29 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         window(r, d) = is_text(W) ? make_int2(0, length) : P.windows[W.windows + P.window_row[W.lengths][d] + at];
       }
     }
+    if (kFused) some_ignored = __any_sync(~0u, ~(counts[0] & counts[1]));
     __syncwarp();
   };
-  // Scores to weights.
+  // Scores to weights. The mask comes before exponentials, in a branch: instructions that a predicate turns off are issued all
+  // the same, and a branch after them would make them wait.
   auto weigh = [&](float (&s)[kKeys / 2], const KeyBox& box, const float* statistics) {
-    u32 mask[2][kMaskWords];
+    // Queries of text that do not exist weigh nothing anyway.
     const bool masked = box.mask != kNoMask && !(kRowsAreKeys && box.mask == kCountMask);
-    if (masked)
+    if (masked || some_ignored) {
+      u32 mask[2][kMaskWords];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int w = 0; w < kMaskWords; w++) mask[r][w] = ~0u;
         const int2 windows[3] = {window(r, 0), window(r, 1), window(r, 2)};
         if (TEXT && !kRowsAreKeys && box.mask == kCountMask) count_mask(mask[r], box.begin[0], lane_class);
-        else window_mask(mask[r], table, windows, box, P.keys[0], lane_class);
+        else if (masked) window_mask(mask[r], table, windows, box, P.keys[0], lane_class);
+        if (kFused)
+#pragma unroll
+          for (int w = 0; w < kMaskWords; w++) mask[r][w] &= counts[r];
       }
+      hide(s, mask);
+    }
     auto weight = [&](float score, float of_query) { return exp2_fast(fmaf(score, P.scale_log2, -of_query)); };
 #pragma unroll
     for (int g = 0; g < kKeys / 8; g++) {
@@ -286,7 +300,6 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         y = weight(y, kRowsAreKeys ? column.y : lse[r]);
       }
     }
-    if (masked) hide(s, mask, 0.f);  // a branch of its own: instructions that a predicate turns off are issued all the same
   };
   // Weights and their gradients to gradients of scores.
   auto differentiate = [&](float (&s)[kKeys / 2], const float (&d)[kKeys / 2], const float* statistics) {
@@ -324,11 +337,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   // dS has two slots, those of even and of odd boxes.
   auto score_grads = [&](u32 odd) { return base + kScoreGrads + (1 + odd) * kScoreGradBytes; };
   // dS to shared memory, for both consumers: 64 queries side by side in a key's row.
-  auto share = [&](u32 (&ds)[kKeys / 4]) {
-    const u32 to = (leads ? score_grads(D.phase) : base + kScoreGrads) + (warp * 16 + lane % 16) * 128 + (lane / 16 ^ lane & 7) * 16;
-    if (__any_sync(~0u, ~(counts[0] & counts[1])))
-#pragma unroll
-      for (int i = 0; i < kKeys / 4; i++) ds[i] &= counts[i % 2];
+  auto share = [&](const u32 (&ds)[kKeys / 4]) {
+    const u32 to = (leads ? score_grads(D.phase) : base + kScoreGrads) + in_ds;
 #pragma unroll
     for (int g = 0; g < kKeys / 16; g++) store_matrices(to ^ 32 * g, ds[4 * g], ds[4 * g + 1], ds[4 * g + 2], ds[4 * g + 3]);
     fence_async();
@@ -351,16 +361,18 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < kKeys / 16; i++) mma_dk(dk, ds.at(32 * i), columns.at(i * 16 * kRowBytes), 1);
   };
-  // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Piece 4 j + i of four columns begins at
-  // column 8 i + 4 j, so that the 16 threads of half a warp meet no bank twice; sums.cuh puts columns in order.
+  // dQ to shared memory for the tensor copies, 32 columns in a row, 128-byte swizzle. Of these, pieces 2 q and 2 q + 1 are
+  // what thread q of four holds, so that no bank is met twice; sums.cuh puts columns in order.
   auto hand_over = [&](const float (&dq)[kHeadDim / 4], u32 odd) {
-    const u32 to = base + kQueryGrads + consumer * kQueryGradBytes + row_of(0) * 128 + ((lane_class / 2 * 4) ^ lane / 4) * 16 + lane_class % 2 * 8;
+    const u32 to = base + kQueryGrads + consumer * kQueryGradBytes + in_dq;
     barrier_wait(dq_empty + 8 * consumer, odd ^ 1);
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; i++)
+    for (int i = 0; i < kHeadDim / 32; i++)
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-        store_two((to ^ i % 4 * 16) + i / 4 * kKeys * 128 + r * 8 * 128, dq[4 * i + 2 * r], dq[4 * i + 2 * r + 1]);
+      for (int r = 0; r < 2; r++) {
+        const float* x = dq + 8 * i + 2 * r;
+        store_four((to ^ i % 2 * 16) + i / 2 * kKeys * 128 + r * 8 * 128, x[0], x[1], x[4], x[5]);
+      }
     fence_async();
     __syncwarp();
     release(dq_full + 8 * consumer);

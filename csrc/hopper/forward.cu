@@ -273,7 +273,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   };
   // Scores to weights, with new maxima; whether the output must be rescaled.
   auto weigh = [&](float (&s)[kKeys / 2]) {
-    if (box_mask != kNoMask) hide(s, mask, MINUS_INFINITY);
+    if (box_mask != kNoMask) hide(s, mask);
     return softmax(s, rows, P.scale_log2);
   };
   // Ends an item: sums, and the log-sum-exp.
@@ -368,7 +368,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       bool fits = false;
       const bool first_key = by_bits && meets_first_key(rows, mask);
       if (!first_key) {
-        if (by_bits) hide(s, mask, MINUS_INFINITY);
+        if (by_bits) hide(s, mask);
         fits = softmax_kept(s, rows, P.scale_log2);
         if (!fits) scores_again(s, q_rows), find_mask();
       }

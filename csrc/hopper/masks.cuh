@@ -53,15 +53,15 @@ __device__ __forceinline__ void count_mask(u32 (&mask)[kMaskWords], int count, i
   }
 }
 
-// Columns that a mask leaves out get one value: scores minus infinity, weights zero.
-__device__ __forceinline__ void hide(float (&s)[kKeys / 2], const u32 (&mask)[2][kMaskWords], float hidden) {
+// Scores of columns that a mask leaves out become minus infinity.
+__device__ __forceinline__ void hide(float (&s)[kKeys / 2], const u32 (&mask)[2][kMaskWords]) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
 #pragma unroll
     for (int g = 0; g < kKeys / 8; g++) {
       float &x = s[4 * g + 2 * r], &y = s[4 * g + 2 * r + 1];
-      x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : hidden;
-      y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : hidden;
+      x = mask[r][g / 16] & 1u << 2 * g % 32 ? x : MINUS_INFINITY;
+      y = mask[r][g / 16] & 2u << 2 * g % 32 ? y : MINUS_INFINITY;
     }
 }
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 
                ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-__device__ __forceinline__ void store_two(u32 to, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
+__device__ __forceinline__ void store_four(u32 to, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 // In one piece, which the compiler would not promise.

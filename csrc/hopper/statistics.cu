@@ -47,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(256) gna_statistics(const __grid_co
 #pragma unroll
   for (int i = kLanes / 2; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
   if (row < P.rows && lane == 0) {
-    const float less = P.grad_lse ? P.grad_lse[row] : 0.f;
-    P.to[row] = make_float2(P.lse[row] * 1.4426950408889634f, (sum - less) * P.scale);
+    const float less = P.grad_lse ? P.grad_lse[row] : 0.f, lse = P.lse[row], infinity = __int_as_float(0x7f800000);
+    // A query that saw no key has no weights: they are exponentials of scores less this.
+    P.to[row] = make_float2(lse == -infinity ? infinity : lse * 1.4426950408889634f, (sum - less) * P.scale);
   }
 }

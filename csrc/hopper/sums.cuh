@@ -30,13 +30,14 @@ __device__ __forceinline__ void count_up(int* counter) {
 // Rounds slices until none is left, in shared memory that nothing else needs any more. kTaken and kFull: where beside it
 // numbers of slices are, and barriers of kRoundStages for each consumer: constants, as registers are short before.
 //
-// A row has 32 columns after the other, in eight pieces of four, not in order (backward.cu, hand_over).
+// A row has 32 columns after the other, in eight pieces of four: pieces 2 q and 2 q + 1 are columns 2 q, 2 q + 1, 2 q + 8 and
+// 2 q + 9 of the first and of the second 16 (backward.cu, hand_over). Threads with neighboring q exchange halves.
 template <u32 kTaken, u32 kFull>
 __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned char* shared) {
   constexpr int kPieces = kHeadDim / 4, kRowsApart = 128 / kPieces, kMine = kRoundRows / kRowsApart;
   const Sums& S = P.sums;
-  const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, piece = thread % kPieces;
-  const int column = piece / 8 * 32 + piece % 4 * 8 + piece / 4 % 2 * 4;
+  const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, piece = thread % kPieces, odd = piece >> 1 & 1;
+  const int column = piece / 8 * 32 + piece % 2 * 16 + odd * 8 + piece / 4 % 2 * 4;
   const u32 ring = consumer * kRoundStages * kRoundBytes, base = shared_address(shared), full = base + kFull + 8 * kRoundStages * consumer;
   int* const taken = (int*)(shared + kTaken) + consumer;
   named_barrier(1 + kConsumers, 128 * kConsumers);  // no consumer has an item any more
@@ -89,7 +90,8 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
 #pragma unroll
       for (int i = 0; i < kMine; i++) {
         const int at = row + thread / kPieces + kRowsApart * i;
-        if (at < rows && column < P.head_dim) *(uint2*)(to + at * S.strides[2]) = make_uint2(pack(x[i].x, x[i].y), pack(x[i].z, x[i].w));
+        const u32 low = pack(x[i].x, x[i].y), high = pack(x[i].z, x[i].w), other = __shfl_xor_sync(~0u, odd ? low : high, 2);
+        if (at < rows && column < P.head_dim) *(uint2*)(to + at * S.strides[2]) = odd ? make_uint2(other, high) : make_uint2(low, other);
       }
     }
     if (thread == 0) count_up(slices_rounded(S, group));
