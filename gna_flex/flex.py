@@ -21,7 +21,7 @@ from gna_flex import kernels
 from gna_flex.direct import remember
 from gna_flex.intervals import ceil_div
 from gna_flex.reference import ScoreMod, reference_attention
-from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, forced, with_verdict
+from gna_flex.routing import Facts, Route, choose_route, cpp_compiler, cpu_fault, forced, with_verdict
 from gna_flex.tiling import TileOrder
 from gna_flex.torch_private import BLOCK_TABLES, HOP_ARGUMENTS, flex_attention_hop, is_identity, transforming
 from gna_flex.transforms import TransformedAttention
@@ -85,6 +85,7 @@ def route_of(
     scale: float | None = None,
 ) -> Route:
     """The route of a call with a GNA mask."""
+    on_cpu = query.device.type == "cpu" and not compiling
     facts = Facts(
         device=query.device.type,
         dtype=query.dtype,
@@ -96,7 +97,8 @@ def route_of(
         has_tiles=mask.has_tiles(compiling),
         tiles_pay=mask.tiles_pay(compiling),
         backend=(kernel_options or {}).get("BACKEND", "AUTO"),
-        has_compiler=compiling or query.device.type != "cpu" or cpp_compiler() is not None,
+        has_compiler=not on_cpu or cpp_compiler() is not None,
+        cpu_fault=cpu_fault(query.shape[-1], key.shape[2], mask.plan.kv_block) if on_cpu else "",
         capability=mask.capability,
         missing=kernels.missing(),
         foreign=foreign_to_kernels(query, value, mask, score_mod, wants_maximum, scale),

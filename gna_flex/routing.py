@@ -42,6 +42,7 @@ class Facts(NamedTuple):
     ``pairs`` is batch x heads x queries x keys. ``has_tiles`` and ``tiles_pay`` say whether the mask has a tile order
     and whether it is predicted to be faster. ``wants_stats``: log-sum-exp or maximum is returned. ``backend`` is the
     ``BACKEND`` of FlexAttention's kernel options. ``has_compiler``: a C++ compiler is there, which the CPU needs.
+    ``cpu_fault``: what the function of that name says.
 
     For CUDA kernels: ``capability`` of the device, ``missing``: why kernels cannot be compiled or launched here at all
     (a missing package, or what went wrong before), ``foreign``: what the call has that kernels know nothing of, and
@@ -59,6 +60,7 @@ class Facts(NamedTuple):
     tiles_pay: bool
     backend: str = "AUTO"
     has_compiler: bool = True
+    cpu_fault: str = ""
     capability: tuple[int, int] | None = None
     missing: str = ""
     foreign: str = ""
@@ -175,6 +177,8 @@ def obstacle_to(name: str, facts: Facts) -> str:
             return "FlexAttention returns no statistics on the CPU"
         if not facts.has_compiler:
             return "FlexAttention needs a C++ compiler on the CPU, and none was found"
+        if facts.cpu_fault:
+            return facts.cpu_fault
         if facts.compiling:
             return "FlexAttention inside a compiled CPU graph fails when a pointwise operation follows"
     else:
@@ -241,6 +245,23 @@ def with_verdict(facts: Facts, device: int | None) -> Facts:
     if name not in kernels.UNTRIED or device is None or _forced not in (None, name) or obstacle_to(name, facts):
         return facts
     return facts._replace(untested=kernels.untested(name, device))
+
+
+def cpu_fault(head_dim: int, keys: int, kv_block: int) -> str:
+    """Why torch's compiled FlexAttention could be wrong on this CPU; empty if nothing is known against it.
+
+    Without AVX-512, products of scores read memory that nobody wrote: seen with torch 2.13 on an AMD EPYC, at head
+    dims 8 and 16 with 8, 24, 40, ... keys in a block; not with other numbers up to 149, nor at head dims 4, 12, 20
+    and from 24 on. No head dim below 24 is trusted with such numbers.
+
+    >>> cpu_fault(32, 40, 128), cpu_fault(16, 44, 128)
+    ('', '')
+    """
+    safe = head_dim >= 24 or 8 not in (keys % 16, kv_block % 16)
+    if safe or torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return ""
+    where = f"on CPUs without AVX-512 at head dim {head_dim}, {keys} keys"
+    return f"FlexAttention computes with memory that nobody wrote, {where}"
 
 
 @functools.lru_cache(maxsize=1)

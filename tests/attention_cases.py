@@ -60,7 +60,7 @@ HEADS_DIFFER = GNA((6, 9), (3, 4)), GNA((6, 9), (6, 9)), GNA((6, 9), (5, 1), cau
 DILATIONS_DIFFER = GNA((6, 9), (3, 4)), GNA((6, 9), (3, 2), dilation=(2, 3))
 CASES = {
     "1d": Case(GNA(37, 5)),
-    "1d-causal": Case(GNA(40, 7, 3, causal=True)),
+    "1d-causal": Case(GNA(44, 7, 3, causal=True)),
     "2d-odd": Case(GNA((5, 7), (3, 2))),
     "2d-even-window": Case(GNA((6, 10), (4, 2), (1, 2))),
     "3d": Case(GNA((3, 4, 5), (2, 3, 2), (1, 3, 2), causal=(True, False, False))),

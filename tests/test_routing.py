@@ -8,10 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 import gna_flex
 from gna_flex import GNA, backend, explain, flex_attention, gna_mask, kernels, routing
-from gna_flex.flex import foreign_to_kernels
+from gna_flex.flex import foreign_to_kernels, route_of
 from gna_flex.routing import (
     CPU_FLEX_PAIRS,
     KERNEL_DTYPES,
@@ -21,6 +24,7 @@ from gna_flex.routing import (
     Route,
     choose_route,
     cpp_compiler,
+    cpu_fault,
     obstacle_to,
     with_verdict,
 )
@@ -139,6 +143,7 @@ def test_forced_route_is_taken_where_it_can_be(name):
         ("blackwell", BLACKWELL._replace(untested="its self-test hung"), "its self-test hung"),
         ("flex", CPU._replace(needs_grad=True), "no backward on the CPU"),
         ("flex", CPU._replace(wants_stats=True), "no statistics on the CPU"),
+        ("flex-tiles", CPU._replace(cpu_fault="memory that nobody wrote"), "memory that nobody wrote"),
         ("flex-tiles", GPU._replace(has_tiles=False), "no tile order"),
         ("flex-tiles", GPU._replace(backend="FLASH"), "BACKEND=FLASH"),
         ("flex", GPU._replace(dtype=torch.float64), "no kernel for torch.float64"),
@@ -416,6 +421,47 @@ def test_no_compiler_means_the_reference_on_a_cpu():
     route = choose_route(CPU._replace(pairs=CPU_FLEX_PAIRS * 2, has_compiler=False))
     assert route.name == "reference"
     assert "C++ compiler" in dict(route.rejected)["flex"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "keys", "kv_block", "fault"),
+    [
+        ("AVX2", 16, 40, 128, True),
+        ("AVX2", 8, 64, 24, True),
+        ("AVX2", 24, 40, 128, False),
+        ("AVX2", 16, 44, 128, False),
+        ("AVX512", 16, 40, 128, False),
+    ],
+)
+def test_what_compiled_attention_gets_wrong_on_some_cpus(monkeypatch, capability, head_dim, keys, kv_block, fault):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert bool(cpu_fault(head_dim, keys, kv_block)) == fault
+    q, k = torch.zeros(1, 1, 8, head_dim), torch.zeros(1, 1, keys, head_dim)
+    mask = gna_mask(GNA(keys, 3), kv_block=kv_block)
+    with backend("flex"):
+        if fault:
+            with pytest.raises(RuntimeError, match=f"nobody wrote, .* at head dim {head_dim}, {keys} keys"):
+                route_of(q, k, mask, needs_grad=False)
+        else:
+            assert route_of(q, k, mask, needs_grad=False).name == "flex"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "keys"), [(16, (4, 12, 16, 20, 100, 130)), (24, (8, 24, 40, 104, 120))])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_attention_is_right_elsewhere(head_dim, keys):
+    """On this CPU, whatever it is: what :func:`cpu_fault` says nothing against, with memory full of other results."""
+    compiled = torch.compile(torch_flex_attention, dynamic=True)
+    for count in keys:
+        assert not cpu_fault(head_dim, count, 128)
+        q, k, v = torch.randn(3, 1, 2, count, head_dim).unbind()
+        out = compiled(q, k, v, block_mask=create_block_mask(whole, None, None, count, count, device="cpu"))
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def whole(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Every pair."""
+    return q_idx >= 0
 
 
 def test_finds_a_compiler_by_name(monkeypatch, tmp_path):
