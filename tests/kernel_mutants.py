@@ -88,16 +88,16 @@ class Mutation:
             assert changed != self.text
             yield self.text.count("\n", 0, match.start()) + 1, changed
 
-    def caught(self, mutant: str) -> str:
-        """The error that gives a mutant away, or nothing."""
-        for problem, seed in self.runs:
+    def caught(self, mutant: str, runs: Sequence[tuple[Problem, int]]) -> tuple[Problem, int] | None:
+        """The first run that gives a mutant away, if any does."""
+        for run in runs:
             try:
-                self.run(problem, seed, mutant)
+                self.run(*run, mutant)
             except (PtxError, AssertionError) as error:
                 if type(error) is UnsupportedError:
                     raise  # a mutant that is no PTX
-                return type(error).__name__
-        return ""
+                return run
+        return None
 
     def run(self, problem: Problem, seed: int, mutant: str) -> None:
         """Runs a mutant on a problem and compares its results."""
@@ -105,4 +105,12 @@ class Mutation:
 
     def survivors(self, name: str) -> list[int]:
         """Lines that may change without anybody noticing."""
-        return [line for line, mutant in self.mutants(name) if not self.caught(mutant)]
+        runs, found = list(self.runs), []
+        for line, mutant in self.mutants(name):
+            catcher = self.caught(mutant, runs)
+            if catcher is None:
+                found.append(line)
+            else:  # likely to give away the next one, too
+                runs.remove(catcher)
+                runs.insert(0, catcher)
+        return found

@@ -35,8 +35,8 @@ CONFIGS = [
     *(replace(config, dilated=True, map_sets=3) for config in DEFAULTS),
     *(replace(config, dilated=True, map_sets=9) for config in TEXT),
     *(replace(config, float16=True) for config in DEFAULTS),
-    *(replace(config, key_shapes=2) for config in [*DEFAULTS, *TEXT]),
-    *(replace(config, key_shapes=2, dilated=True, map_sets=3) for config in DEFAULTS),
+    *(replace(config, key_shapes=2) for config in [*DEFAULTS, *TEXT] if config.may_have_rests),
+    *(replace(config, key_shapes=2, dilated=True, map_sets=3) for config in DEFAULTS if config.may_have_rests),
     *(fitting(Config(128, keys=keys)) for keys in (112, 160)),
     *(fitting(Config(128, keys=keys, dilated=True, text=True, map_sets=3)) for keys in (96, 160)),
     Config(128, 112, holds_queries=True),
@@ -64,8 +64,8 @@ def consumer_spills(config: Config) -> int:
     if crowded(config):
         return 32
     if config.holds_queries and config.keys == 128:
-        return 10 if config.text else 3
-    return 4 if config.head_dim == 64 and config.keys in (112, 192) else 0
+        return 11 if config.text else 6
+    return (10 if config.text else 6) if config.head_dim == 64 and config.keys in (112, 192) else 0
 
 
 def has_mask_products(config: Config) -> bool:

@@ -61,7 +61,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   KeyBox* key_boxes = (KeyBox*)(shared + kBoxes);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   auto table_of = [&](int shape) { return table + (shape ? mask_table_words(P.keys[0]) : 0); };
-  const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2], box_rows = P.box[0] * P.box[1] * P.box[2];
+  const int box_keys = P.keys[0][0] * P.keys[0][1] * P.keys[0][2];
+  auto box_rows = [&] { return P.box[0] * P.box[1] * P.box[2]; };  // worked out anew, as registers are short
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRecords; i++) barrier_init(r_full + 8 * i, 1), barrier_init(r_empty + 8 * i, kConsumers + 1);
@@ -76,7 +77,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   if (kMaskProducts && P.places.steps) fill_places(shared + kPlacesAt, P.places, P.keys[0]);
   if (threadIdx.x < kRows) in_box[threadIdx.x] = coordinates(threadIdx.x, P.box);
   // Rows that no box ever fills: a weight of zero must not meet a NaN there, nor a row that nobody needs have scores of NaN.
-  const u32 zeros = box_rows < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kPlacesAt : kKeysAt;
+  const u32 zeros = box_rows() < kRows ? kQueries : kKeysAt, zeros_end = box_keys < kKeys ? kPlacesAt : kKeysAt;
   for (u32 i = zeros / 16 + threadIdx.x; i < zeros_end / 16; i += blockDim.x) ((int4*)shared)[i] = make_int4(0, 0, 0, 0);
   fence_async();
   __syncthreads();
@@ -202,7 +203,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   // Begins an item: no output yet, and the windows of this thread's rows.
   auto begin = [&] {
 #pragma unroll
-    for (int r = 0; r < 2; r++) rows.sum[r] = 0.f, rows.shift[r] = is_text() || row_of(r) < box_rows ? NO_KEY : kNoRow;
+    for (int r = 0; r < 2; r++) rows.sum[r] = 0.f, rows.shift[r] = row_of(r) < (is_text() ? kRows : box_rows()) ? NO_KEY : kNoRow;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.f;
     if (!W.masked) return;
@@ -290,7 +291,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         exists &= at < P.text_tokens[work[R.index].kind - 1];
         token += at;
       } else {
-        exists &= row_of(r) < box_rows;
+        exists &= row_of(r) < box_rows();
 #pragma unroll
         for (int d = 0; d < 3; d++) {
           const int at = position(r, d);
@@ -305,12 +306,14 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   // The output, through this warpgroup's rows of the query slot, stored as one box.
   auto write_output = [&] {
     const u32 q_rows = query_rows();
+    // Rows that a box does not have stay zeros, as the next item computes scores of them: NaN would have all computed again.
+    const u32 kept[2] = {rows.shift[0] == kNoRow ? 0 : ~0u, rows.shift[1] == kNoRow ? 0 : ~0u};
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
       const int x = 8 * i;
       const float a = rows.rescale[0], b = rows.rescale[1];
-      store_matrices(query_row(q_rows, i), pack(o[x] * a, o[x + 1] * a), pack(o[x + 2] * b, o[x + 3] * b),
-                     pack(o[x + 4] * a, o[x + 5] * a), pack(o[x + 6] * b, o[x + 7] * b));
+      store_matrices(query_row(q_rows, i), pack(o[x] * a, o[x + 1] * a) & kept[0], pack(o[x + 2] * b, o[x + 3] * b) & kept[1],
+                     pack(o[x + 4] * a, o[x + 5] * a) & kept[0], pack(o[x + 6] * b, o[x + 7] * b) & kept[1]);
     }
     fence_async();
     named_barrier(1 + consumer, 128);
