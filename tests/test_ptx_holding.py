@@ -20,7 +20,8 @@ PROBLEMS = HOPPER | {"one box": ONE_BOX}
 QUICK = ("2-D", "text, some of it valid", "causal, head dim 128", "two blocks", "one box", "three warpgroups")
 CASES = [
     *((name, slots) for name, slots in product(QUICK, (1, 2))),
-    *(pytest.param(name, 2, marks=pytest.mark.slow) for name in PROBLEMS if name not in QUICK),
+    # Beside them those of text, the only ones for which a plan ever holds queries.
+    *(pytest.param(name, 2, marks=pytest.mark.slow) for name in PROBLEMS if "text" in name and name not in QUICK),
 ]
 
 
