@@ -63,6 +63,13 @@ def test_readme_quotes_the_forward():
         assert fact in README
 
 
+def test_readme_says_what_is_of_another_commit():
+    record = hopper()
+    of_others = {each["commit"] for each in (*record["cases"], *record["head_dims"]) if "commit" in each}
+    assert of_others
+    assert all(re.search(rf"are of commit {commit[:7]}, the others of one run", README) for commit in of_others)
+
+
 def test_readme_quotes_what_is_beside_flexattention():
     expected = {}
     for case in hopper()["cases"]:
