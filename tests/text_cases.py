@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from gna_flex import GNA, GNABlockMask, flex_attention, gna_mask
 
 BOTH = GNA((5, 7), (3, 4), (2, 1), text_first=9, text_last=6)
-LAST = GNA((6, 6), 3, dilation=(2, 1), causal=(False, True), text_last=20)
+LAST = GNA((6, 6), 3, dilation=(2, 1), causal=(False, True), text_last=21)
 FIRST = GNA(40, 7, 3, text_first=5)
 GNAS = pytest.mark.parametrize("gna", [BOTH, LAST, FIRST], ids=gna_id)
 FRONTS = pytest.mark.parametrize("front", [flex_attention, torch_flex_attention], ids=["ours", "torchs"])
