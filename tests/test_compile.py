@@ -357,10 +357,10 @@ class TestOneFunctionPerPlan:
 
 def test_warns_once_at_half_of_the_limit(counting_compiler, monkeypatch, caplog):
     monkeypatch.setattr(flex, "COMPILED_LIMIT", 8)
-    qkv = inputs(six()[0])
+    qkv = inputs(six(28)[0])
     told = []
     with backend("flex"), caplog.at_level(logging.WARNING, logger="gna_flex"):
-        for gna in six():
+        for gna in six(28):
             flex_attention(*qkv, block_mask=gna_mask(gna, device="cpu"))
             told.append(len([record for record in caplog.records if record.name == "gna_flex"]))
     assert told == [0] * 3 + [1] * 3
@@ -370,13 +370,13 @@ def test_warns_once_at_half_of_the_limit(counting_compiler, monkeypatch, caplog)
 
 def test_least_recently_used_function_is_dropped(counting_compiler, monkeypatch):
     monkeypatch.setattr(flex, "COMPILED_LIMIT", 4)
-    masks = [gna_mask(gna, device="cpu") for gna in six()]
-    qkv = inputs(six()[0])
+    masks = [gna_mask(gna, device="cpu") for gna in six(28)]
+    qkv = inputs(six(28)[0])
 
     def call(number: int) -> int:
         """Functions compiled by a call."""
         before = counting_compiler.frame_count
-        assert_attends(flex_attention(*qkv, block_mask=masks[number]), qkv, six()[number])
+        assert_attends(flex_attention(*qkv, block_mask=masks[number]), qkv, six(28)[number])
         assert len(flex._compiled) <= 4
         return counting_compiler.frame_count - before
 
