@@ -260,7 +260,7 @@ def cpu_fault(head_dim: int, keys: int, kv_block: int) -> str:
     safe = head_dim >= 24 or 8 not in (keys % 16, kv_block % 16)
     if safe or torch.backends.cpu.get_cpu_capability() == "AVX512":
         return ""
-    where = f"on CPUs without AVX-512 at head dim {head_dim}, {keys} keys"
+    where = f"on CPUs without AVX-512 at head dim {head_dim}, {keys} keys in blocks of {kv_block}"
     return f"FlexAttention computes with memory that nobody wrote, {where}"
 
 

@@ -36,8 +36,8 @@ def assert_attends(
     assert_within_budget("out", out, exact, plain)
 
 
-def six(tokens: int = 24) -> list[GNA]:
-    """Six masks of one length."""
+def six(tokens: int = 28) -> list[GNA]:
+    """Six masks of one length, by default one that compiled attention takes on every CPU; see ``routing.cpu_fault``."""
     return [GNA((4, tokens // 4), (w, x)) for w in (1, 2, 4) for x in (2, 5)]
 
 
@@ -275,10 +275,10 @@ def test_torchs_front_end_keeps_its_own_errors():
 @pytest.mark.parametrize("route", ["flex", "flex-tiles"])
 class TestOneFunctionPerPlan:
     def test_many_masks(self, counting_compiler, route, caplog):
-        qkv = inputs(six(28)[0])
+        qkv = inputs(six()[0])
         with backend(route), caplog.at_level(logging.WARNING):
             for _ in range(2):
-                for gna in six(28):
+                for gna in six():
                     assert_attends(flex_attention(*qkv, block_mask=gna_mask(gna, device="cpu")), qkv, gna)
         assert counting_compiler.frame_count == len(flex._compiled) == 6
         assert "recompile_limit" not in caplog.text
@@ -357,10 +357,10 @@ class TestOneFunctionPerPlan:
 
 def test_warns_once_at_half_of_the_limit(counting_compiler, monkeypatch, caplog):
     monkeypatch.setattr(flex, "COMPILED_LIMIT", 8)
-    qkv = inputs(six(28)[0])
+    qkv = inputs(six()[0])
     told = []
     with backend("flex"), caplog.at_level(logging.WARNING, logger="gna_flex"):
-        for gna in six(28):
+        for gna in six():
             flex_attention(*qkv, block_mask=gna_mask(gna, device="cpu"))
             told.append(len([record for record in caplog.records if record.name == "gna_flex"]))
     assert told == [0] * 3 + [1] * 3
@@ -370,13 +370,13 @@ def test_warns_once_at_half_of_the_limit(counting_compiler, monkeypatch, caplog)
 
 def test_least_recently_used_function_is_dropped(counting_compiler, monkeypatch):
     monkeypatch.setattr(flex, "COMPILED_LIMIT", 4)
-    masks = [gna_mask(gna, device="cpu") for gna in six(28)]
-    qkv = inputs(six(28)[0])
+    masks = [gna_mask(gna, device="cpu") for gna in six()]
+    qkv = inputs(six()[0])
 
     def call(number: int) -> int:
         """Functions compiled by a call."""
         before = counting_compiler.frame_count
-        assert_attends(flex_attention(*qkv, block_mask=masks[number]), qkv, six(28)[number])
+        assert_attends(flex_attention(*qkv, block_mask=masks[number]), qkv, six()[number])
         assert len(flex._compiled) <= 4
         return counting_compiler.frame_count - before
 
@@ -422,7 +422,7 @@ def closure_mask(window: int) -> BlockMask:
 
 
 def test_two_masks_give_no_symbolic_sizes():
-    masks = [gna_mask(gna, device="cpu").plain for gna in six()]
+    masks = [gna_mask(gna, device="cpu").plain for gna in six(24)]
     graphs = graphs_of(torch_flex_attention, masks, 24)
     assert len(graphs) == 6
     assert [symbolic_sizes(graph) for graph in graphs] == [[]] * 6
@@ -436,7 +436,7 @@ def test_captured_integers_do_give_symbolic_sizes():
 
 @FRONTS
 def test_routed_graphs_have_no_symbolic_sizes(front):
-    masks = [gna_mask(gna, device="cpu") for gna in six()]
+    masks = [gna_mask(gna, device="cpu") for gna in six(24)]
     graphs = graphs_of(front, masks, 24)
     assert len(graphs) == 6
     assert [symbolic_sizes(graph) for graph in graphs] == [[]] * 6

@@ -65,7 +65,8 @@ def consumer_spills(config: Config) -> int:
         return 32
     if config.holds_queries and config.keys == 128:
         return 11 if config.text else 6
-    return (10 if config.text else 6) if config.head_dim == 64 and config.keys in (112, 192) else 0
+    without, with_text = {112: (4, 7), 192: (6, 10)}.get(config.keys, (0, 0)) if config.head_dim == 64 else (0, 0)
+    return with_text if config.text else without
 
 
 def has_mask_products(config: Config) -> bool:
