@@ -219,6 +219,11 @@ HOPPER = {name: Problem(gnas, *shapes, **rest) for name, (gnas, shapes, _, rest)
     "three warpgroups": Problem(
         GNA((10, 9), (5, 5)), Config(64, 48, consumers=3, key_stages=3), KernelTiles((1, 4, 9), 3, 1, (1, 5, 9), 48)
     ),
+    "three warpgroups, slots that boxes do not fill, text": Problem(
+        GNA((10, 9), (5, 5), text_last=5),
+        Config(32, 128, consumers=3, key_stages=3),
+        KernelTiles((1, 4, 9), 3, 1, (1, 6, 9), 128),
+    ),
     "two shapes of key boxes": Problem(
         GNA((20, 20), (5, 9)),
         Config(64, 32),

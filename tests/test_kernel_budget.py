@@ -56,7 +56,7 @@ def spill_budget(config: Config) -> int:
 
     Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few.
     """
-    return 160 if config.consumers == 3 else 128 if crowded(config) else 4 * consumer_spills(config)
+    return 312 if config.consumers == 3 else 128 if crowded(config) else 4 * consumer_spills(config)
 
 
 def consumer_spills(config: Config) -> int:
@@ -64,8 +64,9 @@ def consumer_spills(config: Config) -> int:
     if crowded(config):
         return 32
     if config.holds_queries and config.keys == 128:
-        return 11 if config.text else 6
-    without, with_text = {112: (4, 7), 192: (6, 10)}.get(config.keys, (0, 0)) if config.head_dim == 64 else (0, 0)
+        return 11 if config.text else 8
+    known = {(32, 128): (0, 6), (64, 112): (4, 7), (64, 128): (28, 31), (64, 192): (8, 11), (128, 80): (35, 41)}
+    without, with_text = known.get((config.head_dim, config.keys), (0, 0))
     return with_text if config.text else without
 
 

@@ -122,7 +122,7 @@ DAMAGED = {
     "of another request": lambda: changed(name="tuned-0.json"),
     "unknown field": lambda: changed(power=9),
     "no such keys": lambda: changed(keys=208),
-    "keys that do not fit the tiles": lambda: changed(kv_slots=128, kv_tile=[1, 8, 16]),
+    "keys that do not fit the tiles": lambda: changed(kv_slots=16, kv_tile=[1, 4, 4]),
     "tiles of another kernel": lambda: changed(rows=128),
     "another head dim": lambda: changed(head_dim=64),
     "more stages than memory": lambda: changed(query_stages=9),

@@ -47,7 +47,7 @@ def test_configurations_fit(head_dim):
         assert config.head_dim == head_dim
         assert config.shared_bytes <= SHARED_LIMIT
         assert config.keys <= (
-            112 if config.consumers == 3 else {32: 192, 64: 192, 96: 160, 128: 160}.get(head_dim, 112)
+            128 if config.consumers == 3 else {32: 192, 64: 192, 96: 160, 128: 160}.get(head_dim, 112)
         )
 
 

@@ -368,14 +368,14 @@ __device__ __forceinline__ void store_outputs(const Cta& C) {
     const Work& W = C.item(R);
     if (W.boxes == 0) break;
     const bool is_text = TEXT && W.kind;
-    const int b = W.head / P.heads, h = W.head % P.heads, set = is_text ? MAP_SETS + W.kind - 1 : W.lengths;
+    const int h = W.head - W.batch * P.heads, set = is_text ? MAP_SETS + W.kind - 1 : W.lengths;
 #pragma unroll 1
     for (int i = 0; i < kTiles * kOutChunks; i++, O.next(kOutputStages)) {
       const int tile = i / kOutChunks, chunk = i % kOutChunks;
       C.wait(out_full + O.index, O.phase);
       tensor_store(&C.maps.o[set], C.base + kOutputs + O.index * kOutputBytes, W.column + chunk * kOutColumns,
                    W.query[2] + tile * (is_text ? kRows : P.beside[2]), W.query[1] + tile * (is_text ? 0 : P.beside[1]),
-                   W.query[0] + tile * (is_text ? 0 : P.beside[0]), h * P.o.head_place + b * P.o.batch_place);
+                   W.query[0] + tile * (is_text ? 0 : P.beside[0]), h * P.o.head_place + W.batch * P.o.batch_place);
       stores_begin();
       stores_read();
       C.arrive(out_empty + O.index);

@@ -55,12 +55,11 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
 #if KEY_SHAPES > 1
   boxes += I.rest_boxes[0] * I.rest_boxes[1] * I.rest_boxes[2];
 #endif
-  if (TEXT)
-    for (int i = 0; i < 2; i++) {
-      W.text[i] = P.text_valid && !kRowsAreKeys ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
-      boxes += (W.text[i] + box_keys - 1) / box_keys;
-    }
-  W.boxes = boxes, W.head = head, W.lengths = MAP_SETS > 1 ? I.lengths : 0, W.kind = I.kind, W.masked = I.masked;
+  for (int i = 0; i < 2; i++) {
+    W.text[i] = !TEXT ? 0 : P.text_valid && !kRowsAreKeys ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
+    if (TEXT) boxes += (W.text[i] + box_keys - 1) / box_keys;
+  }
+  W.boxes = boxes, W.head = head, W.batch = b, W.lengths = MAP_SETS > 1 ? I.lengths : 0, W.kind = I.kind, W.masked = I.masked;
   W.column = first_column(P.o, h, I.group), W.windows = gna * P.window_rows;
   W.token = is_text ? P.text_token[I.kind - 1] : P.grid_token;
   if (DILATED) W.token += I.group[0] * P.group_stride[0] + I.group[1] * P.group_stride[1] + I.group[2] * P.group_stride[2];

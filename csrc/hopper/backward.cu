@@ -245,7 +245,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   };
   // Whether a thread's row r is a key of text that does not count.
   auto ignored = [&](const Work& W, int r) {
-    return TEXT && kRowsAreKeys && is_text(W) && P.text_valid && position(W, r, 2) >= P.text_valid[2 * (W.head / P.heads) + W.kind - 1];
+    return TEXT && kRowsAreKeys && is_text(W) && P.text_valid && position(W, r, 2) >= P.text_valid[2 * W.batch + W.kind - 1];
   };
   auto own_rows = [&](u32 first_row) { return base + first_row + X.index * kQueryBytes + consumer * kRows * kRowBytes; };
 
@@ -315,7 +315,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
   };
   // Writes gradients of this thread's rows. Keys of text that do not count have none.
   auto write = [&](const Work& W, const float (&x)[kHeadDim / 2], void* results) {
-    const long long head = W.head / P.heads * P.result_strides[0] + W.head % P.heads * P.result_strides[1];
+    const long long head = W.batch * P.result_strides[0] + (W.head - W.batch * P.heads) * P.result_strides[1];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int token = token_of(W, r);

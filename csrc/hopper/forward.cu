@@ -4,7 +4,7 @@
 // (warpgroups of 64 queries), HOLDS_QUERIES (in registers), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group
 // lengths), KEY_SHAPES (of key boxes), TEXT (whether there may be text), BOUNDED_WAITS (debug).
 // "generated.cuh" has the matrix multiplications for these sizes: mma_qk(s, q, k, accumulate), or mma_held(s, q..., k,
-// accumulate) for queries in registers, and mma_pv(o, p..., v).
+// accumulate) for queries in registers, and mma_pv(o, p..., v, accumulate).
 //
 // One CTA is a producer warpgroup, of which two threads work, and the consumer warpgroups. Each consumer owns a box of at
 // most 64 queries; all share the key boxes, which may start anywhere. The first producer fetches items from a counter, one
@@ -155,7 +155,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, lane_class = lane % 4;
   Stage K{0, 0}, V{0, 0}, Q{0, 0}, R{0, 0};
-  float o[kHeadDim / 2];
+  float o[kHeadDim / 2] = {};
   u32 p[kKeys / 4];
   Rows rows;
   Work W = {};
@@ -200,12 +200,10 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
         load_matrices(query_row(query_rows(), i), held + 4 * i);
   };
 
-  // Begins an item: no output yet, and the windows of this thread's rows.
+  // Begins an item: no keys yet, and the windows of this thread's rows.
   auto begin = [&] {
 #pragma unroll
     for (int r = 0; r < 2; r++) rows.sum[r] = 0.f, rows.shift[r] = row_of(r) < (is_text() ? kRows : box_rows()) ? NO_KEY : kNoRow;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; i++) o[i] = 0.f;
     if (!W.masked) return;
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -233,11 +231,11 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     mma_fence();
     add_mask(s, hidden, base + kPlacesAt, P.places.steps);
   };
-  // Issues the last weights times the next values.
-  auto issue_values = [&] {
+  // Issues the last weights times the next values; the first ones of an item begin its output.
+  auto issue_values = [&](bool first) {
     barrier_wait(v_full + 8 * V.index, V.phase);
     keep(o), mma_fence();
-    add_values(o, p, base + kValues + V.index * kKeyBytes);
+    add_values(o, p, base + kValues + V.index * kKeyBytes, !first);
     mma_commit();
   };
   // Scores of the current key box once more, by this warp alone: 8 keys at a time enter the registers from behind. Unrolled,
@@ -306,23 +304,28 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   // The output, through this warpgroup's rows of the query slot, stored as one box.
   auto write_output = [&] {
     const u32 q_rows = query_rows();
-    // Rows that a box does not have stay zeros, as the next item computes scores of them: NaN would have all computed again.
-    const u32 kept[2] = {rows.shift[0] == kNoRow ? 0 : ~0u, rows.shift[1] == kNoRow ? 0 : ~0u};
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; i++) {
       const int x = 8 * i;
       const float a = rows.rescale[0], b = rows.rescale[1];
-      store_matrices(query_row(q_rows, i), pack(o[x] * a, o[x + 1] * a) & kept[0], pack(o[x + 2] * b, o[x + 3] * b) & kept[1],
-                     pack(o[x + 4] * a, o[x + 5] * a) & kept[0], pack(o[x + 6] * b, o[x + 7] * b) & kept[1]);
+      store_matrices(query_row(q_rows, i), pack(o[x] * a, o[x + 1] * a), pack(o[x + 2] * b, o[x + 3] * b),
+                     pack(o[x + 4] * a, o[x + 5] * a), pack(o[x + 6] * b, o[x + 7] * b));
+    }
+    // Rows that a box does not have stay zeros, as the next item computes scores of them: NaN would have all computed again.
+    if (box_rows() < kRows && !is_text()) {
+      const int row = warp * 16 + lane / 2, half = lane % 2 * kRowBytes / 2;
+      __syncwarp();
+      for (int i = 0; row >= box_rows() && i < kChunks * kRowBytes / 32; i++)
+        *(int4*)(shared + (q_rows - base) + i % kChunks * kQueryChunk + row * kRowBytes + half + i / kChunks * 16) = make_int4(0, 0, 0, 0);
     }
     fence_async();
     named_barrier(1 + consumer, 128);
     if (threadIdx.x % 128 == 0) {
-      const int b = W.head / P.heads, h = W.head % P.heads, set = is_text() ? MAP_SETS + work[R.index].kind - 1 : W.lengths;
+      const int h = W.head - W.batch * P.heads, set = is_text() ? MAP_SETS + work[R.index].kind - 1 : W.lengths;
       const int step0 = is_text() ? 0 : P.beside[0], step1 = is_text() ? 0 : P.beside[1], step2 = is_text() ? kRows : P.beside[2];
       for (int i = 0; i < kChunks; i++)
         tensor_store(&maps.o[set], q_rows + i * kQueryChunk, W.column + i * kColumns, W.query[2] + consumer * step2,
-                     W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + b * P.o.batch_place);
+                     W.query[1] + consumer * step1, W.query[0] + consumer * step0, h * P.o.head_place + W.batch * P.o.batch_place);
       stores_begin();
       barrier_arrive(r_empty + 8 * R.index);
       owed = q_empty + 8 * Q.index;
@@ -360,7 +363,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       issue_scores(s, q_rows);
       u32 hidden[2][2][2];  // of a mask as a product: row, step, pair
       if (kMaskProducts && box_mask & kProductMask) issue_mask(s, hidden);
-      issue_values();
+      issue_values(j == 1);
       // Bit by bit where it is no product, or a row has met no key so far.
       const bool by_bits = box_mask != kNoMask && (!kMaskProducts || !(box_mask & kProductMask) || has_no_key(rows));
       if (by_bits) find_mask();
@@ -385,7 +388,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       values_used();
       to_operand(s, p);
     }
-    issue_values();
+    issue_values(W.boxes == 1);
     write_lse();
     if (kHolds) take_queries();
     mma_wait<0>(), keep(o);

@@ -44,10 +44,12 @@ __device__ __forceinline__ void scores(float (&s)[kKeys / 2], const u32 (&q)[kHe
     mma_held(s, q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], keys.columns(i, kKeyChunk), i != 0);
 }
 
-__device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (&p)[kKeys / 4], u32 v) {
+// Weights times values; without `accumulate` what was in o is lost, so that nobody need set it to zero.
+__device__ __forceinline__ void add_values(float (&o)[kHeadDim / 2], const u32 (&p)[kKeys / 4], u32 v, int accumulate = 1) {
   const Parts values{v, kKeyChunk, 8 * kRowBytes};
 #pragma unroll
-  for (int i = 0; i < kKeys / 16; i++) mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], values.at(i * 16 * kRowBytes));
+  for (int i = 0; i < kKeys / 16; i++)
+    mma_pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], values.at(i * 16 * kRowBytes), i != 0 || accumulate);
 }
 
 // Adds a mask to scores; see masks.cuh. Commits in each branch: after one the compiler would insert an empty product.

@@ -19,7 +19,7 @@ def work_bytes(key_shapes: int) -> int:
     >>> work_bytes(1), work_bytes(2)
     (144, 208)
     """
-    return -(-(80 + 60 * key_shapes) // 16) * 16
+    return -(-(84 + 60 * key_shapes) // 16) * 16
 
 
 WORK_BYTES = work_bytes(1)

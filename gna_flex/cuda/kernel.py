@@ -64,12 +64,14 @@ class Config(KernelConfig):
 
     @property
     def box_time(self) -> float:
-        """Time of a key box: of three consumers 1.33 times as much, measured at head dim 64.
+        """Time of a key box: what three consumers take for one and a half times as many queries as two, measured.
 
-        >>> Config(64, 112, consumers=3).box_time
-        1.33
+        At head dim 128 it includes that masks cost three more.
+
+        >>> Config(64, 112, consumers=3).box_time, Config(32, 128, consumers=3).box_time
+        (1.33, 1.21)
         """
-        return 1.33 if self.consumers == 3 else 1.0
+        return 1.0 if self.consumers == 2 else {32: 1.21, 128: 1.37}.get(self.head_dim, 1.33)
 
     @property
     def may_have_rests(self) -> bool:
@@ -85,27 +87,30 @@ class Config(KernelConfig):
     def defaults(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
         """Configurations for a head dim; tiles of the least estimated cost decide between them.
 
-        Measured on H100s and H200s. Head dim 128: 144 keys beat 128 by 2 % where boxes need no mask and by more where
-        most do; beyond that registers are short. Head dim 64: 3 warpgroups and 112 keys beat 2 and 192 by 15 %, but
-        for windows of few boxes.
+        Measured on H100s and H200s. Head dims 96 and 128: 144 keys beat 128 by 2 % where boxes need no mask and by more
+        where most do; beyond that registers are short. Three warpgroups gain 5 % at head dim 128, with 80 keys, where
+        windows are long and nothing is masked; 15 % at 64, with 112 or 128 keys, but for windows of few boxes; and 10
+        to 20 % at 32.
         """
         padded = cls.padded(head_dim)
         if padded == 192:
             return (Config(padded, keys=96, query_stages=1),)
         if padded == 256:
             return (Config(padded, keys=64, query_stages=1),)
-        if padded == 64:
-            crowd = tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in (112, 96))
-            return *crowd, Config(padded, 192), Config(padded, 144)
-        sizes = (128, 144, 96) if padded == 128 else (128, 96)
-        return tuple(Config(padded, keys, holds_queries=_holds(padded, keys, text)) for keys in sizes)
+        if padded <= 64:
+            sizes = (128, 112, 96) if padded == 64 else (128, 96)
+            crowd = tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in sizes)
+            return crowd if padded == 32 else (*crowd, Config(padded, 192), Config(padded, 144))
+        sizes = (128, 144, 96)
+        crowd = (Config(padded, keys=80, consumers=3),) if padded == 128 else ()
+        return *(Config(padded, keys, holds_queries=_holds(padded, keys, text)) for keys in sizes), *crowd
 
     @classmethod
     def variants(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
         """Configurations worth measuring: the default ones, and others that fit shared memory and registers.
 
         >>> [(config.keys, config.consumers) for config in Config.variants(64)]
-        [(112, 3), (96, 3), (192, 2), (144, 2), (160, 2), (128, 2)]
+        [(128, 3), (112, 3), (96, 3), (192, 2), (144, 2), (160, 2)]
         """
         defaults = cls.defaults(head_dim, capability, text)
         padded = cls.padded(head_dim)
@@ -131,8 +136,8 @@ class Config(KernelConfig):
         return (
             "#pragma once\n"
             + multiply_shared("mma_qk", self.keys, kind)
-            + _multiply_registers("mma_pv", self.head_dim, kind)
-            + _multiply_held("mma_held", self.keys, kind)
+            + multiply_registers("mma_pv", self.head_dim, kind, transposed=True)
+            + multiply_registers("mma_held", self.keys, kind)
         )
 
 
@@ -154,22 +159,13 @@ def multiply_shared(name: str, columns: int, kind: str, transposed: tuple[bool, 
     return _wrapper(name, count, "u64 a, u64 b, int accumulate", body, inputs)
 
 
-def _multiply_registers(name: str, columns: int, kind: str) -> str:
-    """``d[64, columns] += a b`` with ``a`` in registers and ``b`` transposed in shared memory."""
-    count = columns // 2
-    inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)'
-    a = ", ".join(f"%{count + i}" for i in range(4))
-    body = _instruction(columns, kind, f"{{{a}}}, %{count + 4}, 1, 1, 1, 1")
-    return _wrapper(name, count, "u32 a0, u32 a1, u32 a2, u32 a3, u64 b", body, inputs)
-
-
-def _multiply_held(name: str, columns: int, kind: str) -> str:
-    """``d[64, columns] (+)= a b`` with ``a`` in registers and ``b`` in shared memory."""
+def multiply_registers(name: str, columns: int, kind: str, transposed: bool = False) -> str:
+    """The same with ``a`` in registers."""
     count = columns // 2
     inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate)'
     a = ", ".join(f"%{count + i}" for i in range(4))
     body = f".reg .pred p;\\nsetp.ne.b32 p, %{count + 5}, 0;\\n"
-    body += _instruction(columns, kind, f"{{{a}}}, %{count + 4}, p, 1, 1, 0")
+    body += _instruction(columns, kind, f"{{{a}}}, %{count + 4}, p, 1, 1, {int(transposed)}")
     return _wrapper(name, count, "u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int accumulate", body, inputs)
 
 
