@@ -25,8 +25,8 @@
 // CTAs that share key boxes by multicast (README.md: less energy, but more stalls), turns of the consumers as in
 // backward.cu (no gain), scores of the next item beside the last values of this one (in one loop over the boxes of all items, or
 // between two items: fewer idle cycles, but 2 to 4 % slower), exponentials as polynomials (4 to 10 % slower), windows in shared
-// memory (0 to 1 % slower), 3 consumers with 80 keys at head dim 128 (dense within noise, masks 2 to 9 % slower). The GPU runs at
-// its power limit: cycles saved while the tensor cores wait lower the clock, so count bytes and instructions rather than bubbles.
+// memory (0 to 1 % slower). The GPU runs at its power limit: cycles saved while the tensor cores wait lower the clock, so count
+// bytes and instructions rather than bubbles.
 #define kKeys KEYS
 #include "hopper/softmax.cuh"
 #include "hopper/products.cuh"
