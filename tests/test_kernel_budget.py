@@ -65,7 +65,7 @@ def consumer_spills(config: Config) -> int:
         return 32
     if config.holds_queries and config.keys == 128:
         return 11 if config.text else 8
-    known = {(32, 128): (0, 6), (64, 112): (4, 7), (64, 128): (28, 31), (64, 192): (8, 11), (128, 80): (35, 41)}
+    known = {(32, 128): (0, 6), (64, 112): (4, 7), (64, 128): (28, 31), (64, 192): (8, 11), (128, 80): (35, 35)}
     without, with_text = known.get((config.head_dim, config.keys), (0, 0))
     return with_text if config.text else without
 

@@ -9,6 +9,9 @@ from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig, work_by
 from gna_flex.cuda.tables import ROWS
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+CROWDS = {32: (128, 96), 64: (128, 112, 96), 128: (80,)}
+PAIRS = {32: (), 64: (192, 144), 96: (128, 144, 96), 128: (128, 144, 96), 192: (96,), 256: (64,)}
+"""Key rows of a slot that three, and that two consumers have by default, by head dim."""
 SLOTS = (192, 160, 144, 128, 112, 96)
 """Key rows of a slot that two consumers may have, beside those of the default configurations."""
 MOST_REGISTERS = 184
@@ -87,23 +90,18 @@ class Config(KernelConfig):
     def defaults(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
         """Configurations for a head dim; tiles of the least estimated cost decide between them.
 
-        Measured on H100s and H200s. Head dims 96 and 128: 144 keys beat 128 by 2 % where boxes need no mask and by more
-        where most do; beyond that registers are short. Three warpgroups gain 5 % at head dim 128, with 80 keys, where
-        windows are long and nothing is masked; 15 % at 64, with 112 or 128 keys, but for windows of few boxes; and 10
-        to 20 % at 32.
+        Measured on H100s and H200s. Two consumers: at head dims 96 and 128, 144 keys beat 128 by 2 % where boxes need
+        no mask and by more where most do; beyond that registers are short. Three gain 10 to 20 % at head dim 32; 15 %
+        at 64, but for windows of few boxes; and 5 % at 128 where windows are long and nothing is masked. Text was not
+        measured with the latter.
         """
         padded = cls.padded(head_dim)
-        if padded == 192:
-            return (Config(padded, keys=96, query_stages=1),)
-        if padded == 256:
-            return (Config(padded, keys=64, query_stages=1),)
-        if padded <= 64:
-            sizes = (128, 112, 96) if padded == 64 else (128, 96)
-            crowd = tuple(Config(padded, keys, consumers=3, key_stages=3) for keys in sizes)
-            return crowd if padded == 32 else (*crowd, Config(padded, 192), Config(padded, 144))
-        sizes = (128, 144, 96)
-        crowd = (Config(padded, keys=80, consumers=3),) if padded == 128 else ()
-        return *(Config(padded, keys, holds_queries=_holds(padded, keys, text)) for keys in sizes), *crowd
+        crowd = CROWDS.get(padded, ()) if padded < 128 or not text else ()
+        stages = 3 if padded <= 64 else 2
+        crowded = tuple(Config(padded, keys, consumers=3, key_stages=stages) for keys in crowd)
+        slots = 1 if padded > 128 else 2
+        pairs = (Config(padded, n, query_stages=slots, holds_queries=_holds(padded, n, text)) for n in PAIRS[padded])
+        return *crowded, *pairs
 
     @classmethod
     def variants(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
