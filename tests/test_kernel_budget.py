@@ -31,7 +31,7 @@ TEXT = [replace(config, text=True) for head_dim in HEAD_DIMS for config in Confi
 CONFIGS = [
     *DEFAULTS,
     *TEXT,
-    *(replace(config, dilated=True) for config in DEFAULTS),
+    *(replace(Config.defaults(head_dim)[0], dilated=True) for head_dim in HEAD_DIMS),  # like those with more maps
     *(replace(config, dilated=True, map_sets=3) for config in DEFAULTS),
     *(replace(config, dilated=True, map_sets=9) for config in TEXT),
     *(replace(config, float16=True) for config in DEFAULTS),
