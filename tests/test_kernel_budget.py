@@ -56,7 +56,8 @@ def spill_budget(config: Config) -> int:
 
     Producers wait for memory most of the time. Beside three consumers they keep 32 registers, a few too few.
     """
-    return 312 if config.consumers == 3 else 128 if crowded(config) else 4 * consumer_spills(config)
+    spilled = {80: 312, 128: 240}.get(config.keys, 160)  # of three
+    return spilled if config.consumers == 3 else 128 if crowded(config) else 4 * consumer_spills(config)
 
 
 def consumer_spills(config: Config) -> int:

@@ -55,7 +55,7 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
 #if KEY_SHAPES > 1
   boxes += I.rest_boxes[0] * I.rest_boxes[1] * I.rest_boxes[2];
 #endif
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 2; i++) {  // written without text, too: wide loads of what lies beside it read it
     W.text[i] = !TEXT ? 0 : P.text_valid && !kRowsAreKeys ? min(max(P.text_valid[2 * b + i], 0), P.text_tokens[i]) : P.text_tokens[i];
     if (TEXT) boxes += (W.text[i] + box_keys - 1) / box_keys;
   }

@@ -36,7 +36,7 @@ struct KeyGrid {
 struct alignas(16) Work {
   int boxes;     // key boxes, those of text included; 0 ends the kernel
   int head;      // batch * heads + head
-  int batch;
+  int batch;     // so that nobody divides
   int query[3];
   int lengths;
   int kind;

@@ -9,9 +9,10 @@ from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig, work_by
 from gna_flex.cuda.tables import ROWS
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-CROWDS = {32: (128, 96), 64: (128, 112, 96), 128: (80,)}
-PAIRS = {32: (), 64: (192, 144), 96: (128, 144, 96), 128: (128, 144, 96), 192: (96,), 256: (64,)}
-"""Key rows of a slot that three, and that two consumers have by default, by head dim."""
+TRIOS = {32: (128, 96), 64: (128, 112, 96), 128: (80,)}
+"""Key rows of a slot that three consumers have by default, by head dim."""
+PAIRS = {64: (192, 144), 96: (128, 144, 96), 128: (128, 144, 96), 192: (96,), 256: (64,)}
+"""The same of two consumers."""
 SLOTS = (192, 160, 144, 128, 112, 96)
 """Key rows of a slot that two consumers may have, beside those of the default configurations."""
 MOST_REGISTERS = 184
@@ -96,12 +97,16 @@ class Config(KernelConfig):
         measured with the latter.
         """
         padded = cls.padded(head_dim)
-        crowd = CROWDS.get(padded, ()) if padded < 128 or not text else ()
+        trios = TRIOS.get(padded, ()) if padded < 128 or not text else ()
         stages = 3 if padded <= 64 else 2
-        crowded = tuple(Config(padded, keys, consumers=3, key_stages=stages) for keys in crowd)
         slots = 1 if padded > 128 else 2
-        pairs = (Config(padded, n, query_stages=slots, holds_queries=_holds(padded, n, text)) for n in PAIRS[padded])
-        return *crowded, *pairs
+        return (
+            *(Config(padded, keys, consumers=3, key_stages=stages) for keys in trios),
+            *(
+                Config(padded, keys, query_stages=slots, holds_queries=_holds(padded, keys, text))
+                for keys in PAIRS.get(padded, ())
+            ),
+        )
 
     @classmethod
     def variants(cls, head_dim: int, capability: Capability = (9, 0), text: bool = False) -> tuple[Config, ...]:
@@ -134,8 +139,8 @@ class Config(KernelConfig):
         return (
             "#pragma once\n"
             + multiply_shared("mma_qk", self.keys, kind)
-            + multiply_registers("mma_pv", self.head_dim, kind, transposed=True)
-            + multiply_registers("mma_held", self.keys, kind)
+            + _multiply_registers("mma_pv", self.head_dim, kind, transposed=True)
+            + _multiply_registers("mma_held", self.keys, kind)
         )
 
 
@@ -157,8 +162,8 @@ def multiply_shared(name: str, columns: int, kind: str, transposed: tuple[bool, 
     return _wrapper(name, count, "u64 a, u64 b, int accumulate", body, inputs)
 
 
-def multiply_registers(name: str, columns: int, kind: str, transposed: bool = False) -> str:
-    """The same with ``a`` in registers."""
+def _multiply_registers(name: str, columns: int, kind: str, transposed: bool = False) -> str:
+    """``d[64, columns] (+)= a b``, ``a`` in registers and ``b`` in shared memory; if transposed it has ``k`` rows."""
     count = columns // 2
     inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate)'
     a = ", ".join(f"%{count + i}" for i in range(4))
