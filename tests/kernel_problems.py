@@ -224,6 +224,30 @@ HOPPER = {name: Problem(gnas, *shapes, **rest) for name, (gnas, shapes, _, rest)
         Config(32, 128, consumers=3, key_stages=3),
         KernelTiles((1, 4, 9), 3, 1, (1, 6, 9), 128),
     ),
+    "boxes that a warpgroup skips": Problem(
+        GNA(768, 256, 128),
+        Config(32, 32, consumers=3, key_stages=3, skips=True),
+        KernelTiles((1, 1, 64), 3, 2, (1, 1, 32), 32, skips=True),
+        blocks=2,
+    ),
+    "boxes that a warpgroup skips, a row's first key after them": Problem(
+        GNA(512, 200),
+        Config(32, 32, consumers=3, key_stages=3, skips=True),
+        KernelTiles((1, 1, 64), 3, 2, (1, 1, 32), 32, skips=True),
+    ),
+    "boxes that a warpgroup skips, dilation, causal, float16": Problem(
+        GNA(700, 90, 40, 3, causal=True),
+        Config(32, 32, consumers=3, key_stages=3, float16=True, skips=True),
+        KernelTiles((1, 1, 64), 3, 2, (1, 1, 32), 32, skips=True),
+        heads=2,
+        blocks=2,
+        dtype=HALF,
+    ),
+    "boxes that a warpgroup skips, slots that they do not fill, text": Problem(
+        GNA(300, 64, 32, text_last=40, text_first=3),
+        Config(64, 32, consumers=3, key_stages=3, skips=True),
+        KernelTiles((1, 1, 60), 3, 2, (1, 1, 30), 32, skips=True),
+    ),
     "two shapes of key boxes": Problem(
         GNA((20, 20), (5, 9)),
         Config(64, 32),

@@ -32,7 +32,7 @@ def layout_checks(config: KernelConfig) -> str:
     columns = tables.COLUMNS + tables.REST_COLUMNS * (config.key_shapes > 1)
     facts = {"kSharedBytes": config.shared_bytes, "sizeof(Item)": 4 * columns}
     maps = 4 * config.maps + 2 * config.map_sets * (config.key_shapes - 1)
-    facts |= {"sizeof(Maps)": 128 * maps, "sizeof(Work)": work_bytes(config.key_shapes)}
+    facts |= {"sizeof(Maps)": 128 * maps, "sizeof(Work)": work_bytes(config.key_shapes, config.skips)}
     params = forward.parameters(config.map_sets, config.key_shapes)
     for name, structure in (("Params", params), ("Address", forward.Address)):
         facts[f"sizeof({name})"] = ctypes.sizeof(structure)

@@ -37,6 +37,7 @@ CONFIGS = [
     *(replace(config, float16=True) for config in DEFAULTS),
     *(replace(config, key_shapes=2) for config in [*DEFAULTS, *TEXT] if config.may_have_rests),
     *(replace(config, key_shapes=2, dilated=True, map_sets=3) for config in DEFAULTS if config.may_have_rests),
+    *(replace(config, skips=True) for config in DEFAULTS if config.may_skip and config.keys in (64, 128)),
     *(fitting(Config(128, keys=keys)) for keys in (112, 160)),
     *(fitting(Config(128, keys=keys, dilated=True, text=True, map_sets=3)) for keys in (96, 160)),
     Config(128, 112, holds_queries=True),
@@ -66,7 +67,14 @@ def consumer_spills(config: Config) -> int:
         return 32
     if config.holds_queries and config.keys == 128:
         return 11 if config.text else 8
-    known = {(32, 128): (0, 6), (64, 112): (4, 7), (64, 128): (28, 31), (64, 192): (8, 11), (128, 80): (35, 35)}
+    known = {
+        (32, 128): (0, 6),
+        (64, 112): (4, 7),
+        (64, 128): (28, 31),
+        (64, 192): (8, 11),
+        (128, 64): (4, 4),
+        (128, 80): (35, 35),
+    }
     without, with_text = known.get((config.head_dim, config.keys), (0, 0))
     return with_text if config.text else without
 
@@ -80,6 +88,7 @@ def name_of(config: Config) -> str:
     parts = [f"d{config.head_dim}", f"k{config.keys}", *([f"m{config.map_sets}"] if config.dilated else [])]
     parts += ["two-shapes"] if config.key_shapes > 1 else []
     parts += [f"held{config.query_stages}"] if config.holds_queries else []
+    parts += ["skips"] * config.skips
     return "-".join([*parts, *(["text"] if config.text else []), *(["f16"] if config.float16 else [])])
 
 

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,19 +27,20 @@ from gna_flex.cuda.tables import (
     REST_COLUMNS,
     REST_FREE_BOXES,
     SECOND_SHAPE,
+    SKIPS,
     START,
     Dim,
     KernelTiles,
     Transposed,
     boxes_of,
-    class_lengths,
     count,
+    count_with_skips,
     key_boxes,
     padded_dims,
     query_spans,
-    window_table,
     work_records,
 )
+from gna_flex.cuda.windows import class_lengths, window_table
 
 TEXT = (0, 0, 1, 9, 130)
 
@@ -87,7 +89,7 @@ class Kernel:
         lengths = self.lengths[record[LENGTHS]]
         window = self.windows[self.offsets[record[LENGTHS]] + np.minimum(rows, lengths - 1)]  # [queries, 3, 2]
         seen = (window[:, None, :, 0] <= keys) & (keys < window[:, None, :, 1])
-        kept = seen.all(-1) | free
+        kept = (seen.all(-1) | free) & self.not_skipped(record, rows)
         inside = ((keys >= 0) & (keys < lengths)).all(-1)
         assert not kept[:, ~inside].any(), "a place outside the group is kept"
         assert record[MASKED] == (not free.all())
@@ -95,6 +97,18 @@ class Kernel:
         columns = self.index(keys[inside] * dilation + record[GROUP])
         self.queries[tokens] += 1
         self.met[np.ix_(tokens, columns)] += kept[:, inside]
+
+    def not_skipped(self, record: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which places the warpgroup of each row meets, ``[queries, places]``."""
+        boxes, keys = int(boxes_of(record[None])[0]), math.prod(self.tiles.kv_tile)
+        if not self.tiles.skips or record[KIND]:
+            assert not record[SKIPS].any() or self.tiles.kv_rest
+            return np.ones((1, 1), bool)
+        warpgroup = (rows[:, 2] - record[START][2]) // self.tiles.box[2]
+        first, last = record[SKIPS][warpgroup] & 0xFFFF, record[SKIPS][warpgroup] >> 16
+        assert (first + last < boxes).all(), "a warpgroup without key boxes"
+        place = np.arange(boxes * keys) // keys
+        return (first[:, None] <= place) & (place < boxes - last[:, None])
 
     def index(self, x: np.ndarray) -> np.ndarray:
         return np.ravel_multi_index(tuple(x.T), tuple(self.layout))
@@ -149,6 +163,58 @@ def test_every_pair_is_met_exactly_once(seed):
     rng = random.Random(seed)
     for _ in range(40):
         assert_exact(random_gna(rng, text=TEXT), random_tiles(rng))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_pair_is_met_exactly_once_where_warpgroups_skip_boxes(seed):
+    rng = random.Random(200 + seed)
+    for _ in range(40):
+        gna = random_gna(rng, 1, (400,), TEXT)
+        groups, box, keys = rng.randint(1, 3), rng.randint(8, 64), rng.choice([16, 32, 32, 64])
+        tiles = KernelTiles((1, 1, box), groups, 2, (1, 1, rng.choice([keys, keys, keys - 3])), keys, skips=True)
+        assert_exact(gna, tiles)
+        assert_first_keys_are_seen(gna, tiles)
+
+
+def assert_first_keys_are_seen(gna: GNA, tiles: KernelTiles) -> None:
+    """The kernel asks for a row's first key in the first box of its warpgroup, and in boxes that need a mask."""
+    kernel = Kernel(gna, tiles)
+    for record in work_records(gna, tiles):
+        if not record[KIND] and record[MASKED]:
+            rows, _ = kernel.grid_rows(record)
+            keys, free = kernel.key_places(record)
+            window = kernel.windows[kernel.offsets[record[LENGTHS]][2] + rows[:, 2]]
+            seen = (window[:, :1] <= keys[:, 2]) & (keys[:, 2] < window[:, 1:]) & kernel.not_skipped(record, rows)
+            box = seen.argmax(axis=1) // tiles.kv_tile[2]
+            warpgroup = (rows[:, 2] - record[START][2]) // tiles.box[2]
+            first = box == (record[SKIPS][warpgroup] & 0xFFFF)
+            assert (first | ~free[:: tiles.kv_tile[2]][box]).all()
+
+
+def test_skips_are_counted():
+    tiles = KernelTiles((1, 1, 64), 3, 2, (1, 1, 64), 64, skips=True)
+    assert count_with_skips(GNA(3072, 1024, 256), tiles) == (16 * 16.0, 0), "all that a group of 256 sees, unmasked"
+    boxes, masked = count_with_skips(GNA(3072, 1024), tiles)
+    plain = count(GNA(3072, 1024), replace(tiles, skips=False))
+    assert boxes < plain.boxes
+    assert masked > plain.masked
+    assert count_with_skips(GNA.dense(3072), tiles) == (16 * 48.0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": 4},
+        {"split": 1},
+        {"box": (1, 2, 32)},
+        {"kv_tile": (2, 1, 32)},
+        {"kv_rest": (1, 32, 2), "kv_slots": 128},
+    ],
+)
+def test_boxes_are_skipped_along_one_dimension_only(change):
+    shapes = {"box": (1, 1, 64), "groups": 3, "split": 2, "kv_tile": (1, 1, 64), "kv_slots": 64, "skips": True}
+    with pytest.raises(ValueError, match="skips=True is for boxes along one dimension"):
+        KernelTiles(**(shapes | change))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -74,6 +74,9 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
   };
   for (int d = 0; d < 3; d++) {
     W.query[d] = I.query[d];
+#if SKIPS
+    W.skips[d] = I.skips[d];
+#endif
     walks(W.grids[0], d, P.keys[0][d], I.key[d], I.boxes[d], I.full_begin[d], I.full[d], kFromCenter);
 #if KEY_SHAPES > 1
     walks(W.grids[1], d, P.keys[1][d], I.rest_key[d], I.rest_boxes[d], I.rest_full_begin[d], I.rest_full[d], false);

@@ -6,6 +6,10 @@
 #ifndef KEY_SHAPES
 #define KEY_SHAPES 1
 #endif
+// Whether warpgroups skip key boxes at both ends of an item's walk which none of their queries sees.
+#ifndef SKIPS
+#define SKIPS 0
+#endif
 
 // One query tile. Positions are those inside of its dilation group; dimensions are (T, H, W), missing ones of length 1.
 struct Item {
@@ -21,7 +25,7 @@ struct Item {
 #if KEY_SHAPES > 1
   int rest_key[3], rest_boxes[3], rest_full_begin[3], rest_full[3];  // the boxes of the second shape; maybe none
 #endif
-  int unused[3];
+  int skips[3];  // with SKIPS: of each warpgroup, boxes that it skips at the beginning and, << 16, at the end
 };
 
 // The key boxes of one shape that an item walks, in tokens.
@@ -44,6 +48,9 @@ struct alignas(16) Work {
   int column;    // where the query's columns start in dimension 0 of the output's map
   int token;     // index of the token at position 0 of the dilation group
   int windows;   // first row of the head's windows
+#if SKIPS
+  int skips[3];
+#endif
   // For the producer of keys and values.
   KeyGrid grids[KEY_SHAPES];
   int text[2];                 // text tokens that count

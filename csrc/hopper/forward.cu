@@ -2,7 +2,7 @@
 //
 // Compile-time: HEAD_DIM (columns, a multiple of 32), KEYS (rows of a key slot), QUERY_STAGES, KEY_STAGES, CONSUMERS
 // (warpgroups of 64 queries), HOLDS_QUERIES (in registers), FLOAT16 (else bfloat16), DILATED, MAP_SETS (of dilation group
-// lengths), KEY_SHAPES (of key boxes), TEXT (whether there may be text), BOUNDED_WAITS (debug).
+// lengths), KEY_SHAPES (of key boxes), SKIPS, TEXT (whether there may be text), BOUNDED_WAITS (debug).
 // "generated.cuh" has the matrix multiplications for these sizes: mma_qk(s, q, k, accumulate), or mma_held(s, q..., k,
 // accumulate) for queries in registers, and mma_pv(o, p..., v, accumulate).
 //
@@ -17,6 +17,9 @@
 //
 // Where it can be, a mask is added to scores by the tensor cores (masks.cuh). Bit by bit keys are hidden in first boxes of items,
 // where a row has met no key, in boxes with long sides, of text, and in scores that are computed once more: a NaN ends up there.
+//
+// With SKIPS each consumer leaves out key boxes at both ends of the walk that none of its queries sees, and gives them back
+// unread. Then the walk begins at the first box, so that what a consumer does not skip is in one piece.
 //
 // With HOLDS_QUERIES products of scores read a third less from shared memory. The next item's queries are taken from their
 // slot while the last values are multiplied, and then the output of this item enters it.
@@ -47,6 +50,7 @@ constexpr u32 kQueries = 0, kKeysAt = kQueries + kQueryStages * kQueryBytes, kVa
               kBoxes = kWork + kRecords * sizeof(Work), kBarriers = kBoxes + kKeyStages * sizeof(KeyBox),
               kSharedBytes = kBarriers + 8 * (2 * kRecords + 2 * kQueryStages + 4 * kKeyStages);
 static_assert(kSharedBytes <= 232448, "too much shared memory: fewer stages, or fewer keys");
+static_assert(!SKIPS || (kConsumers == 3 && KEY_SHAPES == 1), "three consumers skip key boxes, of one shape");
 
 extern "C" __global__ void __launch_bounds__(128 * (kConsumers + 1), 1)
 gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P) {
@@ -100,7 +104,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
           }
           break;
         }
-        const Queries queries = describe<false, true>(W, P, w, box_keys);
+        const Queries queries = describe<false, !SKIPS>(W, P, w, box_keys);
         barrier_arrive(r_full + 8 * R.index);
 
         barrier_wait(q_empty + 8 * Q.index, Q.phase);
@@ -259,6 +263,22 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
   };
   auto keys_used = [&] { release(k_empty + 8 * K.index), K.next(kKeyStages); };
   auto values_used = [&] { release(v_empty + 8 * V.index), V.next(kKeyStages); };
+  // How many key boxes of the item this consumer skips: at the beginning and, << 16, at the end.
+  auto skips_of = [&] {
+#if SKIPS
+    return work[R.index].skips[consumer];
+#else
+    return 0;
+#endif
+  };
+  auto skip = [&](int boxes) {
+    if (!SKIPS) return;
+#pragma unroll 1
+    for (int i = 0; i < boxes; i++) {
+      barrier_wait(k_full + 8 * K.index, K.phase), keys_used();
+      barrier_wait(v_full + 8 * V.index, V.phase), values_used();
+    }
+  };
   // The mask of the current key box, bit by bit.
   auto find_mask = [&] {
     if (box_mask == kNoMask) return;
@@ -345,6 +365,8 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     const u32 q_rows = query_rows();
     begin();
     if (!kHolds) take_queries();
+    const int skips = skips_of(), boxes = W.boxes - (skips & 0xffff) - (skips >> 16);
+    skip(skips & 0xffff);
     // First key box, nothing else in flight.
     {
       float s[kKeys / 2];
@@ -358,7 +380,7 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
     }
     // Scores of the next box are computed before the weights of the last one meet its values.
 #pragma unroll 1
-    for (int j = 1; j < W.boxes; j++) {
+    for (int j = 1; j < boxes; j++) {
       float s[kKeys / 2];
       issue_scores(s, q_rows);
       u32 hidden[2][2][2];  // of a mask as a product: row, step, pair
@@ -388,12 +410,13 @@ gna_forward(const __grid_constant__ Maps maps, const __grid_constant__ Params P)
       values_used();
       to_operand(s, p);
     }
-    issue_values(W.boxes == 1);
+    issue_values(boxes == 1);
     write_lse();
     if (kHolds) take_queries();
     mma_wait<0>(), keep(o);
     values_used();
     write_output();
+    skip(skips >> 16);
     if (kQueryStages == 1 && !kHolds) give_back();
   }
   if (threadIdx.x % 128 == 0) stores_done();

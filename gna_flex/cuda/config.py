@@ -13,13 +13,13 @@ SHARED_LIMIT = 232_448
 """Bytes of shared memory that one CTA can have."""
 
 
-def work_bytes(key_shapes: int) -> int:
+def work_bytes(key_shapes: int, skips: bool = False) -> int:
     """Bytes of ``Work`` with that many grids of key boxes, 60 bytes each; it is aligned to 16.
 
-    >>> work_bytes(1), work_bytes(2)
-    (144, 208)
+    >>> work_bytes(1), work_bytes(1, True), work_bytes(2)
+    (144, 160, 208)
     """
-    return -(-(84 + 60 * key_shapes) // 16) * 16
+    return -(-(84 + 60 * key_shapes + 12 * skips) // 16) * 16
 
 
 WORK_BYTES = work_bytes(1)
@@ -44,6 +44,7 @@ class KernelConfig(ABC):
         map_sets: tensor maps per operand, one for each combination of lengths of dilation groups.
         text: whether there are text tokens.
         key_shapes: shapes of key boxes in one launch, at most :attr:`most_key_shapes`.
+        skips: warpgroups skip key boxes at the ends of a walk which none of their queries sees.
         bounded_waits: polls after which a wait traps; 0 is for ever. For debugging.
     """
 
@@ -56,6 +57,7 @@ class KernelConfig(ABC):
     map_sets: int = 1
     text: bool = False
     key_shapes: int = 1
+    skips: bool = False
     bounded_waits: int = 0
 
     folder: ClassVar[str]
@@ -115,6 +117,11 @@ class KernelConfig(ABC):
         return False
 
     @property
+    def may_skip(self) -> bool:
+        """Whether warpgroups can skip key boxes which none of their queries sees."""
+        return False
+
+    @property
     def maps(self) -> int:
         """Tensor maps of one operand: of the grid, and of text before and after it."""
         return self.map_sets + 2 * self.text
@@ -126,7 +133,7 @@ class KernelConfig(ABC):
 
     def fits(self, tiles: KernelTiles) -> bool:
         """Whether tiles are for this many boxes of queries, slots of this size, and shapes that the kernel knows."""
-        if tiles.kv_rest and self.most_key_shapes == 1:
+        if (tiles.kv_rest and self.most_key_shapes == 1) or (tiles.skips and not self.may_skip):
             return False
         return (tiles.groups, tiles.kv_slots, tiles.rows) == (self.groups, self.keys, self.rows)
 
@@ -140,6 +147,7 @@ class KernelConfig(ABC):
             "MAP_SETS": self.map_sets,
             "TEXT": int(self.text),
             "KEY_SHAPES": self.key_shapes,
+            "SKIPS": int(self.skips),
             "BOUNDED_WAITS": self.bounded_waits,
         }
 

@@ -22,7 +22,7 @@ from gna_flex.cuda.blackwell import BlackwellConfig
 from gna_flex.cuda.config import Capability, KernelConfig
 from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.rests import improved
-from gna_flex.cuda.shapes import choose, cost
+from gna_flex.cuda.shapes import choose, cost, skipping
 from gna_flex.cuda.tables import (
     BOXES,
     FREE_BOXES,
@@ -30,12 +30,11 @@ from gna_flex.cuda.tables import (
     PLAIN,
     KernelTiles,
     Triple,
-    class_lengths,
     padded_dims,
     text_item_count,
-    window_table,
     work_records,
 )
+from gna_flex.cuda.windows import class_lengths, window_table
 from gna_flex.intervals import ceil_div
 from gna_flex.kernels import FLOAT8, kernel_for, lasting, output_type
 from gna_flex.neighborhood import GNA
@@ -204,7 +203,8 @@ class Plan:
         config = replace(config, float16=request.float16, float8=request.float8)
         dilated = math.prod(self.gna.dilation) > 1
         shapes = 2 if tiles.kv_rest else 1
-        return replace(config, dilated=dilated, map_sets=map_sets, text=any(self.text), key_shapes=shapes), tiles
+        config = replace(config, dilated=dilated, map_sets=map_sets, text=any(self.text))
+        return replace(config, key_shapes=shapes, skips=tiles.skips), tiles
 
     def _parameters(self, map_sets: int) -> type[Any]:
         """The structure that the kernel takes."""
@@ -439,7 +439,8 @@ def estimated(request: Request) -> tuple[KernelConfig, KernelTiles]:
 def tiles_for(gnas: tuple[GNA, ...], config: KernelConfig) -> KernelTiles:
     """Tiles of the least estimated cost for a configuration."""
     tiles = choose(gnas, config.keys, config.groups, config.rows)
-    return improved(gnas, tiles) if config.may_have_rests else tiles
+    tiles = improved(gnas, tiles) if config.may_have_rests else tiles
+    return skipping(gnas, tiles) if config.may_skip else tiles
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from gna_flex.cuda.config import SHARED_LIMIT, Capability, KernelConfig, work_by
 from gna_flex.cuda.tables import ROWS
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-TRIOS = {32: (128, 96), 64: (128, 112, 96), 128: (80,)}
+TRIOS = {32: (128, 96), 64: (128, 112, 96), 128: (80, 64)}
 """Key rows of a slot that three consumers have by default, by head dim."""
 PAIRS = {64: (192, 144), 96: (128, 144, 96), 128: (128, 144, 96), 192: (96,), 256: (64,)}
 """The same of two consumers."""
@@ -63,7 +63,7 @@ class Config(KernelConfig):
         keys = 2 * self.key_stages * self.keys * self.head_dim * 2
         places = 64 * self.keys * (not self.float16 and self.consumers == 2)
         tables = places + (self.keys + 5) * 16 * mask_words + 4 * ROWS
-        tables += 2 * work_bytes(self.key_shapes) + 16 * self.key_stages
+        tables += 2 * work_bytes(self.key_shapes, self.skips) + 16 * self.key_stages
         return queries + keys + tables + 8 * (2 * 2 + 2 * self.query_stages + 4 * self.key_stages)
 
     @property
@@ -75,12 +75,21 @@ class Config(KernelConfig):
         >>> Config(64, 112, consumers=3).box_time, Config(32, 128, consumers=3).box_time
         (1.33, 1.21)
         """
-        return 1.0 if self.consumers == 2 else {32: 1.21, 128: 1.37}.get(self.head_dim, 1.33)
+        times = {32: 1.21, 128: 1.37 if self.keys > 64 else 1.35}
+        return 1.0 if self.consumers == 2 else times.get(self.head_dim, 1.33)
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether warpgroups can skip key boxes: three, whose boxes often straddle groups of queries with one window.
+
+        With two slots of keys none can get ahead of the others: no gain at head dim 128 with 80 keys.
+        """
+        return self.consumers == 3 and self.key_stages > 2
 
     @property
     def may_have_rests(self) -> bool:
-        """Whether key boxes of two shapes are worth trying: at head dim 128, where they were measured."""
-        return self.head_dim == 128 and self.most_key_shapes > 1
+        """Whether key boxes of two shapes are worth trying: for two consumers at head dim 128, as measured."""
+        return self.head_dim == 128 and self.consumers == 2
 
     @classmethod
     def arch(cls, capability: Capability) -> str:
@@ -98,10 +107,9 @@ class Config(KernelConfig):
         """
         padded = cls.padded(head_dim)
         trios = TRIOS.get(padded, ()) if padded < 128 or not text else ()
-        stages = 3 if padded <= 64 else 2
         slots = 1 if padded > 128 else 2
         return (
-            *(Config(padded, keys, consumers=3, key_stages=stages) for keys in trios),
+            *(Config(padded, keys, consumers=3, key_stages=3 if padded * keys <= 64 * 128 else 2) for keys in trios),
             *(
                 Config(padded, keys, query_stages=slots, holds_queries=_holds(padded, keys, text))
                 for keys in PAIRS.get(padded, ())

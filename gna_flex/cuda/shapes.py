@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from gna_flex.cuda.tables import (
     Triple,
     check_slots,
     count,
+    count_with_skips,
     key_boxes,
     padded_dims,
     query_spans,
@@ -89,9 +91,22 @@ def cost(gnas: Gnas, tiles: KernelTiles, mask_cost: float = MASK_COST, item_cost
     total = 0.0
     for gna, heads in heads_of(gnas).items():
         work = count(gna, tiles)
-        boxes, masked = work.boxes + work.text_boxes, work.masked + work.text_masked
+        boxes, masked = count_with_skips(gna, tiles) if tiles.skips else (work.boxes, work.masked)
+        boxes, masked = boxes + work.text_boxes, masked + work.text_masked
         total += heads * time_of(boxes, masked, work.items, tiles.kv_slots, mask_cost, item_cost)
     return total * (1 + REST_COST * (tiles.kv_rest is not None))
+
+
+def skipping(gnas: Gnas, tiles: KernelTiles) -> KernelTiles:
+    """The same shapes where warpgroups skip key boxes, if there is one dimension and something to skip.
+
+    >>> skipping(GNA(4096, 1024, 256), KernelTiles((1, 1, 64), 3, 2, (1, 1, 64), 64)).skips
+    True
+    """
+    if next(iter(heads_of(gnas))).ndim > 1:
+        return tiles
+    found = replace(tiles, skips=True)
+    return found if cost(gnas, found) < cost(gnas, tiles) else tiles
 
 
 def box_cost(kv_slots: int) -> float:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gna_flex.cuda.skips import skips
 from gna_flex.intervals import ceil_div, group_length, key_interval, query_interval
 from gna_flex.neighborhood import GNA
 from gna_flex.words import by_x
@@ -59,7 +60,7 @@ MAX_SIDE = 256
 COLUMNS, REST_COLUMNS = 24, 12
 """Integers in one record, and more of them where there are key boxes of a second shape."""
 START, KEY_START, BOXES, FREE_START, FREE_BOXES, GROUP = (slice(3 * i, 3 * i + 3) for i in range(6))
-LENGTHS, KIND, MASKED = 18, 19, 20
+LENGTHS, KIND, MASKED, SKIPS = 18, 19, 20, slice(21, 24)
 REST_START, REST_BOXES, REST_FREE_START, REST_FREE_BOXES = (slice(3 * i, 3 * i + 3) for i in range(7, 11))
 FIRST_SHAPE = KEY_START, BOXES, FREE_START, FREE_BOXES
 SECOND_SHAPE = REST_START, REST_BOXES, REST_FREE_START, REST_FREE_BOXES
@@ -84,6 +85,8 @@ class KernelTiles:
         kv_rest: a second shape of key boxes with as many keys, for what boxes of the first shape leave over along
             ``rest_axis``, if its side there is long enough for that; ``None``: all have the first.
         rest_axis: that dimension.
+        skips: a warpgroup skips key boxes at both ends of an item's walk which none of its queries sees; with one
+            dimension only.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -100,6 +103,7 @@ class KernelTiles:
     rows: int = ROWS
     kv_rest: Triple | None = None
     rest_axis: int = 2
+    skips: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("box", self.box), ("kv_tile", self.kv_tile)):
@@ -120,6 +124,9 @@ class KernelTiles:
             raise ValueError(f"rest_axis={self.rest_axis} must be 0, 1 or 2")
         if self.kv_rest is not None:
             self._check_rest(self.kv_rest)
+        along_one = self.split == 2 and self.box[:2] == self.kv_tile[:2] == (1, 1)
+        if self.skips and (self.kv_rest or self.groups > 3 or not along_one):
+            raise ValueError(f"skips=True is for boxes along one dimension, and at most 3 warpgroups: {self}")
 
     def _check_rest(self, rest: Triple) -> None:
         """Boxes of both shapes are loaded alike, and share a table of masks."""
@@ -248,7 +255,8 @@ def work_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
     Columns: 0:3 first query (position in its dilation group; warpgroup ``i`` starts ``box[split] * i`` further along
     ``split``); 3:6 first key; 6:9 key boxes per dimension; 9:12 index of the first free box; 12:15 number of free
     boxes; 15:18 dilation group; 18 length class (row of :func:`window_table`'s offsets); 19 kind of query: 0 grid,
-    1 text before, 2 text after it; 20 whether any box needs the mask; the last three zero.
+    1 text before, 2 text after it; 20 whether any box needs the mask; 21:24 boxes that each warpgroup skips at the
+    beginning and, times 2^16, at the end, if :attr:`KernelTiles.skips`; else, and after them, zero.
     A box needs no mask if its index is free in every dimension. Of boxes of the second shape, 21:33 say what 3:15 do of
     the first; where there are none, one of their numbers is 0.
 
@@ -281,7 +289,8 @@ def _grid_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
         records[..., LENGTHS] += along(shorter.astype(np.int32) << axis)
     if isinstance(gna, Transposed):
         records = records.transpose(*_by_overlap(records, tiles), 3)
-    return _ordered(_with_masked(records.reshape(-1, records.shape[-1])), gna)
+    records = records.reshape(-1, records.shape[-1])
+    return _ordered(_with_masked(_with_skips(records, gna, tiles) if tiles.skips else records), gna)
 
 
 def _columns(tiles: KernelTiles) -> int:
@@ -347,6 +356,26 @@ def _masked_unless_full(boxes: KeyBoxes, tiles: KernelTiles) -> KeyBoxes:
         return boxes
     zero = np.zeros_like(boxes.free)
     return boxes._replace(free=zero, free_total=zero)
+
+
+def _with_skips(records: np.ndarray, gna: GNA, tiles: KernelTiles) -> np.ndarray:
+    """What warpgroups skip, and which boxes need no mask then: all, where that suffices for the windows."""
+    dim = padded_dims(gna)[2]
+    group, start, keys, total = (records[:, place.start + 2, None] for place in (GROUP, START, KEY_START, BOXES))
+    size = group_length(dim.length, dim.dilation, group)
+    starts = start + tiles.box[2] * np.arange(tiles.groups)
+    first, last, whole = skips(dim.interval, size, starts, tiles.box[2], keys, tiles.kv_tile[2], total)
+    if gna.text_first or gna.text_last:  # boxes of text come last, and nobody skips them
+        last, whole = np.zeros_like(last), np.zeros_like(whole)
+    records[:, SKIPS.start : SKIPS.start + tiles.groups] = first | last << 16
+    whole &= tiles.fills_slots
+    free, free_total = FREE_START.start + 2, FREE_BOXES.start + 2
+    records[whole, free], records[whole, free_total] = 0, total[whole, 0]
+    # Elsewhere a walk begins with masked boxes, and the kernel asks only in these whether a row meets its first key.
+    late = ~whole & (records[:, free_total] > 0)
+    records[late, free] += 1
+    records[late, free_total] -= 1
+    return records
 
 
 def _with_masked(records: np.ndarray) -> np.ndarray:
@@ -429,6 +458,18 @@ def count(gna: GNA, tiles: KernelTiles) -> Count:
     return Count(items, text_items, boxes, boxes - free, items * text_boxes, items * text_masked)
 
 
+def count_with_skips(gna: GNA, tiles: KernelTiles) -> tuple[float, int]:
+    """Key boxes of the grid that a warpgroup does not skip, the mean of all warpgroups, and masked boxes.
+
+    >>> count_with_skips(GNA(768, 256, 256), KernelTiles((1, 1, 64), 3, 2, (1, 1, 64), 64, skips=True))
+    (16.0, 0)
+    """
+    records = work_records(gna, tiles)
+    boxes, skips = int(boxes_of(records).sum()), records[:, SKIPS]
+    skipped = int((skips & 0xFFFF).sum() + (skips >> 16).sum())
+    return boxes - skipped / tiles.groups, boxes - int(_product(records[:, FREE_BOXES]).sum())
+
+
 def text_item_count(gna: GNA, groups: int, rows: int) -> int:
     """Work items that the text queries of one head need."""
     queries = rows * groups
@@ -443,56 +484,3 @@ def text_key_boxes(gna: GNA, tiles: KernelTiles) -> tuple[int, int]:
     texts, keys = (gna.text_first, gna.text_last), math.prod(tiles.kv_tile)
     boxes = sum(ceil_div(text, keys) for text in texts)
     return boxes, sum(text % keys > 0 for text in texts) if tiles.fills_slots else boxes
-
-
-def class_lengths(gna: GNA) -> np.ndarray:
-    """Positions per dimension in each length class, int32 ``[9, 3]``; -1 where a class does not occur.
-
-    Bit ``i`` of a class says that its groups are the shorter ones in dimension ``i``: a dilation that does not divide
-    a length makes groups of two lengths. Class 8 is the undivided layout, which only text queries use.
-
-    >>> class_lengths(GNA((8, 9), 2, dilation=(1, 2)))[:5].tolist()
-    [[1, 8, 5], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1], [1, 8, 4]]
-    """
-    lengths = np.full((PLAIN + 1, 3), -1, np.int32)
-    dims = padded_dims(gna)
-    ragged = sum(1 << axis for axis, dim in enumerate(dims) if dim[0] % dim[3])
-    for lengths_class in range(PLAIN):
-        if not lengths_class & ~ragged:
-            lengths[lengths_class] = [
-                dim[0] // dim[3] if lengths_class >> axis & 1 else ceil_div(dim[0], dim[3])
-                for axis, dim in enumerate(dims)
-            ]
-    if gna.text_first or gna.text_last:
-        lengths[PLAIN] = [dim[0] for dim in dims]
-    return lengths
-
-
-def window_table(gna: GNA) -> tuple[np.ndarray, np.ndarray]:
-    """Windows ``[lo, hi)`` of every position, int32 ``[rows, 2]``, and where they start, int32 ``[9, 3]``.
-
-    The window of position ``x`` in dimension ``i`` of a length class is row ``offsets[class, i] + x``. Classes that do
-    not occur have offset -1; see :func:`class_lengths`.
-
-    >>> windows, offsets = window_table(GNA(4, 2))
-    >>> windows.tolist(), offsets[0].tolist()
-    ([[0, 1], [0, 1], [0, 2], [0, 2], [1, 3], [2, 4]], [0, 1, 2])
-    """
-    lengths = class_lengths(gna)
-    offsets = np.full_like(lengths, -1)
-    rows: list[np.ndarray] = []
-    total = 0
-    for axis, dim in enumerate(padded_dims(gna)):
-        # Classes that agree in this dimension share its rows.
-        for text, classes in ((False, lengths[:PLAIN, axis]), (True, lengths[PLAIN:, axis])):
-            for size in np.unique(classes[classes > 0])[::-1]:
-                offsets[PLAIN if text else 0 :, axis][: len(classes)][classes == size] = total
-                rows.append(_windows(dim, int(size), everything=text))
-                total += int(size)
-    return np.concatenate(rows), offsets
-
-
-def _windows(dim: Dim, size: int, everything: bool) -> np.ndarray:
-    position = np.arange(size)
-    lo, hi = (0, size) if everything else dim.interval(position, size)
-    return np.stack(np.broadcast_arrays(lo, hi, position)[:2], axis=1).astype(np.int32)

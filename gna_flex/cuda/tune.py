@@ -227,6 +227,9 @@ def candidates(request: Request) -> list[Shapes]:
         if config.may_have_rests and (two := rests.best(gnas, config.keys, config.groups, config.rows)):
             both = [*best, shapes.Candidate(two, shapes.cost(gnas, two))]
             best = sorted(both, key=lambda one: one.cost)[:TILES_PER_CONFIG]
+        if config.may_skip:
+            skips = [shapes.skipping(gnas, one.tiles) for one in best]
+            best = [shapes.Candidate(tiles, shapes.cost(gnas, tiles)) for tiles in skips]
         found += [(place, one.cost * config.box_time, (config, one.tiles)) for place, one in enumerate(best)]
     found.sort(key=lambda entry: entry[:2])
     return list(dict.fromkeys([estimated(request), *(entry[2] for entry in found)]))[:MOST_CANDIDATES]
@@ -440,7 +443,7 @@ def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
     tiles = KernelTiles(**sides)
     numbers = (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots, tiles.rows)
     numbers += (*(tiles.kv_rest or ()), tiles.rest_axis)
-    if not all(type(n) is int for n in numbers):
+    if not all(type(n) is int for n in numbers) or type(tiles.skips) is not bool:
         raise ValueError(f"{tiles} are not whole numbers")
     if not config.fits(tiles):
         raise ValueError(f"{tiles} do not fit {config}")

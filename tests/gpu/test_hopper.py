@@ -120,6 +120,8 @@ def random_tiles(rng: random.Random, gna: GNA, config: KernelConfig) -> KernelTi
         b = rng.randint(1, min(12, most // a)) if gna.ndim >= 2 else 1
         return a, b, rng.randint(max(1, most // (a * b) // 2), most // (a * b))
 
+    if config.may_skip and gna.ndim == 1 and rng.random() < 0.7:
+        return KernelTiles(box(config.rows), config.groups, 2, box(config.keys), config.keys, config.rows, skips=True)
     split = rng.choice(range(3 - gna.ndim, 3))
     tiles = KernelTiles(box(config.rows), config.groups, split, box(config.keys), config.keys, config.rows)
     rest = (
@@ -134,6 +136,7 @@ CONFIGS: dict[str, tuple[KernelConfig, ...]] = {
         Config(128, 160, query_stages=1),
         Config(64, 192),
         Config(64, 112, consumers=3, key_stages=3),
+        Config(128, 64, consumers=3, key_stages=3),
         Config(32, 128, key_stages=3),
         Config(96, 128),
         Config(192, 96, query_stages=1),
