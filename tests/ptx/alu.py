@@ -9,7 +9,7 @@ import numpy as np
 
 from ptx.errors import UnsupportedError
 from ptx.operands import e4m3_bits
-from ptx.parse import SINK, Instruction, Symbol, Vector
+from ptx.parse import SINK, Imm, Instruction, Symbol, Vector
 from ptx.program import FILES, TYPES, Program, Run, opcode
 from ptx.warp import Warp
 
@@ -128,18 +128,15 @@ def fused(program: Program, ins: Instruction) -> Run:
 
     def run(w: Warp) -> None:
         s = w.slots
-        product = np.multiply(s[a], s[b], dtype=np.float64)  # exact; the sum then rounds twice, all but never in vain
-        if w.full:
-            np.add(product, s[c], s[to], casting="same_kind")
-        else:
-            np.add(product, s[c], s[to], casting="same_kind", where=w.mask)
+        # The product is exact; the sum then rounds twice, all but never in vain.
+        w.assign(to, s[a].astype(np.float64) * s[b] + s[c])
 
     return run
 
 
 def quotient(a: np.ndarray, b: np.ndarray) -> Any:
     """Rounded towards zero; exact for 32 bits, whose quotients float64 can hold. Idle lanes may divide by zero."""
-    return np.nan_to_num(np.trunc(a.astype(np.float64) / b), posinf=0, neginf=0).astype(np.int64)
+    return np.where(b == 0, 0, np.trunc(a.astype(np.float64) / b)).astype(np.int64)
 
 
 @opcode("div", "rem")
@@ -158,6 +155,9 @@ def shift(program: Program, ins: Instruction) -> Run:
     bits = 8 * np.dtype(kind).itemsize
     wide = np.int64 if np.dtype(kind).kind == "i" else np.uint64
     function = np.left_shift if ins.parts[0] == "shl" else np.right_shift
+    by = ins.operands[2]
+    if isinstance(by, Imm) and by.bits < bits:
+        return ufunc(program, ins, function, kind, kind, kind)
 
     def run(a: np.ndarray, by: np.ndarray) -> Any:
         if bits == 64:
@@ -320,8 +320,13 @@ def convert(program: Program, ins: Instruction) -> Run:
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
     """Floats rounded to bfloat16, to the nearest even, as integers of 32 bits."""
     bits = x.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    rounded[np.isnan(x)] = 0x7FFF
+    return rounded
 
 
 def float16_bits(x: np.ndarray) -> np.ndarray:
@@ -354,7 +359,10 @@ def branch(program: Program, ins: Instruction) -> Run:
 
     def run(w: Warp) -> None:
         p = w.slots[guard]
-        w.branch(target, (~p if negated else p) & w.mask)
+        if w.full and not negated:
+            w.branch(target, p.copy())
+        else:
+            w.branch(target, (~p if negated else p) & w.mask)
 
     return run
 

@@ -35,13 +35,14 @@ class MBarrier:
     def expect(self, count: int) -> None:
         self.bytes += count
 
-    def arrive(self, message: np.ndarray, times: int = 1) -> None:
+    def arrive(self, message: np.ndarray, times: int = 1, threads: int = 1) -> None:
         """Arrivals, of threads or of what they have begun: those who wait get to know the message."""
-        if self.pending < times:
-            raise ArrivalError(f"barrier {self.address:#x}: an arrival beyond the {self.count} of its phase")
-        self.pending -= times
         self._arrived = joined(self._arrived, message)
-        self._finish()
+        for _ in range(threads):
+            if self.pending < times:
+                raise ArrivalError(f"barrier {self.address:#x}: an arrival beyond the {self.count} of its phase")
+            self.pending -= times
+            self._finish()
 
     def complete(self, count: int) -> None:
         """Bytes of a copy have come."""

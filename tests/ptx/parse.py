@@ -123,7 +123,8 @@ def parse(text: str) -> Kernel:
         for align, _, bits, name, count in _PARAM.findall(entries[0][2])
     ]
     kernel = Kernel(entries[0][1], params, shared=_SHARED.findall(text), variables=_VARIABLE.findall(text))
-    kernel.tables = {name: _split(labels) for name, labels in _TABLE.findall(text)}
+    if ".branchtargets" in text:
+        kernel.tables = {name: _split(labels) for name, labels in _TABLE.findall(text)}
     _Body(kernel).read(text, entries[0].end())
     return kernel
 
@@ -161,7 +162,7 @@ class _Body:
     def _statements(self, text: str, at: int) -> Iterator[tuple[str, str, str, int]]:
         line, seen = text.count("\n", 0, at) + 1, at
         while match := _STATEMENT.match(text, at):
-            start = max(match.start(group) for group in (1, 2, 3))
+            start = match.start(match.lastindex or 0)
             line, seen = line + text.count("\n", seen, start), start
             self._at = at = match.end()
             yield match[1] or "", match[2] or "", (match[3] or "").strip(), line

@@ -131,6 +131,9 @@ class Program:
             known.steps.get(key) or self._step(instruction)
             for key, instruction in zip(keys, kernel.instructions, strict=True)
         ]
+        self._rows: dict[tuple[int, np.dtype[Any]], list[tuple[int, int, slice]]] = {}
+        for slot, kind, size, place, elements in self.views:
+            self._rows.setdefault((size, kind), []).append((slot, place, elements))
         if not known.steps:
             known.steps = {key: step for key, step in zip(keys, self.steps, strict=True) if key}
             known.slots = {key: slot for key, slot in self._slots.items() if SCOPE not in key[0]}
@@ -252,12 +255,10 @@ class Program:
         files = {size: np.full((max(count, 1), LANES), -1).astype(FILES[size]) for size, count in self.sizes.items()}
         files[1][:] = rng.random(files[1].shape) < 0.5
         slots: list[Any] = [None] * self.slot_count
-        rows: dict[tuple[int, np.dtype[Any]], list[np.ndarray]] = {}
-        for slot, kind, size, place, elements in self.views:
-            if (size, kind) not in rows:
-                rows[size, kind] = list(files[size].view(kind))
-            row = rows[size, kind][place]
-            slots[slot] = row if elements == WHOLE else row[elements]
+        for (size, kind), rows in self._rows.items():
+            file = files[size].view(kind)
+            for slot, place, elements in rows:
+                slots[slot] = file[place] if elements is WHOLE else file[place, elements]
         for slot, array in self.constants.items():
             slots[slot] = array
         for slot, name in self.special.items():

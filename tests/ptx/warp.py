@@ -59,7 +59,7 @@ class Warp:
         self.done = False
         self.in_flight: dict[tuple[int, int], str] = {}
         self.registers = block.registers
-        self.history: list[list[Event]] = [[] for _ in range(LANES)]
+        self._notes: list[tuple[str, np.ndarray, Sequence[int], int]] = []
         self.arrived: int | None = None
         self.stores: dict[int, StoreGroups] = {}
         self.polled, self.unfenced = 0, False
@@ -142,6 +142,13 @@ class Warp:
     def _guarded(self, step: Step) -> None:
         assert step.guard is not None
         guard = self.slots[step.guard]
+        if self.full:  # as most are: whether all threads, or none, do it
+            key = guard.tobytes()
+            if key == (NOBODY if step.negated else EVERYBODY):
+                step.run(self)
+                return
+            if key == (EVERYBODY if step.negated else NOBODY):
+                return
         active = self.mask & (~guard if step.negated else guard)
         key = active.tobytes()
         if key == self.key:
@@ -181,8 +188,16 @@ class Warp:
 
     def note(self, kind: str, at: Sequence[int], parity: int = 0) -> None:
         """Adds an event to the history of each active thread."""
-        for lane, address in zip(np.flatnonzero(self.mask).tolist(), at, strict=True):
-            self.history[lane].append((kind, address, parity))
+        self._notes.append((kind, self.mask, at, parity))
+
+    @property
+    def history(self) -> list[list[Event]]:
+        """The events of each thread."""
+        found: list[list[Event]] = [[] for _ in range(LANES)]
+        for kind, mask, at, parity in self._notes:
+            for lane, address in zip(np.flatnonzero(mask).tolist(), at, strict=True):
+                found[lane].append((kind, address, parity))
+        return found
 
     def leave(self) -> None:
         """The active threads end."""
@@ -197,6 +212,8 @@ class Warp:
 
     def _choose(self) -> None:
         """Lets the group at the lowest place go on, of those that can."""
+        if self.waiting is None and self.key != NOBODY and all(self.pc < pc for pc, _, _ in self.others):
+            return
         groups = list(self.others)
         if self.key != NOBODY:
             groups.append((self.pc, self.mask, self.waiting))
