@@ -27,8 +27,9 @@ def pointer(program: Program, operand: Operand) -> tuple[int, int]:
 
 def addresses(w: Warp, slot: int, offset: int) -> Any:
     """Addresses of the active threads."""
-    base = w.slots[slot] if w.full else w.slots[slot][w.mask]
-    return base.astype(np.int64) + offset
+    base = (w.slots[slot] if w.full else w.slots[slot][w.mask]).astype(np.int64)
+    base += offset
+    return base
 
 
 def _space(ins: Instruction) -> str:
@@ -67,7 +68,7 @@ def _items(operand: Operand) -> tuple[Operand, ...]:
 
 
 def _locate(w: Warp, space: str, at: np.ndarray, size: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An array of elements of ``size`` bytes, each thread's indices ``[threads, count]`` in it, its words if shared."""
+    """Vectors of ``count`` elements of ``size`` bytes, each thread's index among them, its words if shared."""
     whole = size * count
     if space == "shared":
         region = w.block.shared.region
@@ -77,7 +78,7 @@ def _locate(w: Warp, space: str, at: np.ndarray, size: int, count: int) -> tuple
         memory = w.block.machine.params if space == "param" else w.block.machine.memory
         region = memory.region(int(at[0]))
         index, words = region.elements(at, whole), NO_WORDS
-    return region.view(size), index[:, None] * count + np.arange(count), words
+    return region.vectors(size, count), index, words
 
 
 @opcode("ld")
@@ -134,14 +135,16 @@ def store(program: Program, ins: Instruction) -> Run:
     def run(w: Warp) -> None:
         where, at = _resolve(space, addresses(w, slot, offset))
         data, index, words = _locate(w, where, at, size, count)
-        values = [(w.slots[source] if w.full else w.slots[source][w.mask]).astype(data.dtype) for source in sources]
+        values = [w.slots[source] if w.full else w.slots[source][w.mask] for source in sources]
         if where == "shared":
-            if not w.block.machine.rules.equal_writes and np.array_equal(data[index], np.stack(values, 1)):
-                return
+            if not w.block.machine.rules.equal_writes:
+                old, new = data[index], np.stack(values, 1).astype(data.dtype)
+                if np.array_equal(old, new):
+                    return
             threads = np.repeat(w.threads if w.full else w.threads[w.mask], len(words) // len(at))
             w.block.shared.plain_write(w, words, threads)
         for i, value in enumerate(values):
-            data[index[:, i]] = value
+            data[:, i][index] = value
 
     return run
 
@@ -169,10 +172,10 @@ def atomic(program: Program, ins: Instruction) -> Run:
         w.block.machine.atomics += 1
         for i in w.block.machine.rng.permutation(len(lanes)):
             place, lane = index[i], lanes[i]
-            old = data[place].copy()
-            data[place] = function(old, w.slots[value][lane])
+            old = data[place, 0]
+            data[place, 0] = function(old, w.slots[value][lane])
             if result is not None:
-                w.slots[result][lane] = old[0]
+                w.slots[result][lane] = old
 
     return run
 

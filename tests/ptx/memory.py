@@ -31,6 +31,8 @@ NOWHERE = 0x8000_0000
 """Address of variables in global and in local memory, where nothing is."""
 BARRIERS = 64
 """Barriers that a block can have."""
+NO, YES = b"\0", b"\1"
+"""Bytes of truth values: to look for them is faster than to reduce the few that instructions have."""
 PIPES = 4
 """Threads of a block that can issue matrix products of tensor memory."""
 
@@ -41,24 +43,36 @@ class Region:
     def __init__(self, name: str, base: int, data: np.ndarray) -> None:
         self.name, self.base = name, base
         self.data = data.reshape(-1).view(np.uint8)
+        self._vectors: dict[tuple[int, int], np.ndarray] = {}
 
-    def elements(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Indices of elements of ``size`` bytes, a power of two.
+    def elements(self, addresses: np.ndarray, size: int) -> Any:
+        """Indices of elements of ``size`` bytes, a power of two; addresses have 64 bits.
 
         Raises:
             OutOfBoundsError: an element is not aligned, or not inside.
         """
-        offsets = addresses.astype(np.int64) - self.base
-        unsigned = offsets.view(np.uint64)  # those below the array are the largest
-        if int(np.maximum.reduce(unsigned)) > len(self.data) - size:
-            worst = int(offsets[unsigned.argmax()])
-            raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
-        if int(np.bitwise_or.reduce(offsets)) & size - 1:
+        offsets = addresses - self.base
+        bits, last = int(np.bitwise_or.reduce(offsets)), len(self.data) - size
+        if not 0 <= bits <= last:  # no offset is larger, and below zero if one is
+            unsigned = offsets.view(np.uint64)  # those below the array are the largest
+            if int(np.maximum.reduce(unsigned)) > last:
+                worst = int(offsets[unsigned.argmax()])
+                raise OutOfBoundsError(f"byte {worst} of {self.name}, which has {len(self.data)} bytes")
+        if bits & size - 1:
             raise OutOfBoundsError(f"an address that is not a multiple of {size} in {self.name}")
         return offsets >> size.bit_length() - 1
 
     def view(self, size: int) -> np.ndarray:
-        return self.data[: len(self.data) // size * size].view(np.uint8 if size == 1 else FILES.get(size, np.uint8))
+        """All elements of ``size`` bytes."""
+        return self.vectors(size, 1).reshape(-1)
+
+    def vectors(self, size: int, count: int) -> np.ndarray:
+        """All vectors of ``count`` elements of ``size`` bytes."""
+        if (size, count) not in self._vectors:
+            whole = self.data[: len(self.data) // (size * count) * size * count]
+            kind = np.uint8 if size == 1 else FILES.get(size, np.uint8)
+            self._vectors[size, count] = whole.view(kind).reshape(-1, count)
+        return self._vectors[size, count]
 
 
 class Space:
@@ -102,16 +116,20 @@ class Shared:
     def __init__(self, size: int, warps: int) -> None:
         self.region = Region("shared memory", SHARED_BASE, np.full(-(-size // 16) * 16, 0xFF, np.uint8))
         self.region.data = self.region.data[:size]
-        words = -(-size // 4)
+        words = -(-size // 16) * 4
         self.warps, self.readers = warps, warps + PIPES
         self.writer = np.full(words, -1, np.int32)
         self.written = np.zeros(words, np.int64)
-        self.read = np.zeros((words, self.readers), np.int64)
+        self.known = np.zeros((warps, words), np.bool_)
+        """Words whose last write is known to come before what a warp does next: true until they are written again."""
+        self.read = np.zeros((self.readers, words), np.int64)
         self.dirty = np.zeros(words, np.int32)
         """Thread (plus one) whose plain write no proxy fence has made visible."""
         self.barriers: dict[int, MBarrier] = {}
         self.barriers_made = 0
-        self._reading: list[tuple[int, np.ndarray]] = []
+        self._numbers = np.arange(words)
+        self._reading: list[dict[int, np.ndarray]] = [{} for _ in range(warps)]
+        self._reads = 0
 
     def new_clock(self, warp: int) -> np.ndarray:
         """The clock of a warp that begins."""
@@ -123,49 +141,55 @@ class Shared:
         """Words of elements of ``size`` bytes, flat, element after element; checks alignment and bounds."""
         return self.words_of(self.region.elements(addresses, size), size)
 
-    @staticmethod
-    def words_of(index: np.ndarray, size: int) -> np.ndarray:
+    def words_of(self, index: np.ndarray, size: int) -> np.ndarray:
         """Words of elements of ``size`` bytes by their indices."""
-        if size <= 4:
+        if size < 4:
             return index * size // 4
-        return (index[:, None] * (size // 4) + np.arange(size // 4)).reshape(-1)
+        return index if size == 4 else self._numbers.reshape(-1, size // 4)[index].reshape(-1)
 
     def _where(self, words: np.ndarray, bad: np.ndarray) -> str:
         return f"byte {int(words[np.flatnonzero(bad)[0]]) * 4} of shared memory"
 
-    def _after_writes(self, warp: Warp, words: np.ndarray, what: str) -> None:
-        bad = self.written[words] > warp.clock[self.writer[words]]  # nobody's writes were at time 0
+    def _after_writes(self, warp: Warp, words: np.ndarray, what: str, *, initialised: bool = False) -> None:
+        """Fails if writes may come later; if ``initialised``, also if there were none."""
+        known = self.known[warp.index]
+        if NO not in known[words].tobytes():
+            return
+        writer = self.writer[words]
+        if initialised and (bad := writer < 0).any():
+            raise UninitialisedError(f"{self._where(words, bad)}: read before anything was written")
+        bad = self.written[words] > warp.clock[writer]  # nobody's writes were at time 0
         if bad.any():
             first = words[np.flatnonzero(bad)[0]]
             agent = int(self.writer[first])
             who = f"warp {agent}" if agent < self.warps else "a copy"
             late = "is under way or holds a barrier" if self.written[first] == FUTURE else "nothing orders before it"
             raise RaceError(f"{what} of {self._where(words, bad)}: a write by {who} {late}")
+        known[words] = writer >= 0
 
     def _after_reads(self, warp: Warp, words: np.ndarray, what: str) -> None:
-        bad = (self.read[words] > warp.clock[: self.readers]).any(1)
-        if bad.any():
-            raise RaceError(f"{what} of {self._where(words, bad)}: nothing orders a read before it")
-
-    def _initialised(self, words: np.ndarray) -> None:
-        bad = self.writer[words] < 0
-        if bad.any():
-            raise UninitialisedError(f"{self._where(words, bad)}: read before anything was written")
+        bad = self.read[:, words] > warp.clock[: self.readers, None]
+        if YES in bad.tobytes():
+            raise RaceError(f"{what} of {self._where(words, bad.any(0))}: nothing orders a read before it")
 
     def _fenced(self, words: np.ndarray, what: str) -> None:
         bad = self.dirty[words] > 0
-        if bad.any():
+        if YES in bad.tobytes():
             raise ProxyFenceError(f"{what} of {self._where(words, bad)}: a plain write without a proxy fence")
 
+    def _write(self, words: np.ndarray, agent: int, time: int) -> None:
+        self.writer[words], self.written[words] = agent, time
+        self.known[:, words] = False
+
     def plain_read(self, warp: Warp, words: np.ndarray) -> None:
-        self._initialised(words)
-        self._after_writes(warp, words, "read")
-        self.read[words, warp.index] = np.maximum(self.read[words, warp.index], warp.clock[warp.index])
+        self._after_writes(warp, words, "read", initialised=True)
+        times, now = self.read[warp.index], warp.clock[warp.index]
+        times[words] = np.maximum(times[words], now) if self._reading[warp.index] else now
 
     def plain_write(self, warp: Warp, words: np.ndarray, threads: np.ndarray) -> None:
         self._after_writes(warp, words, "write")
         self._after_reads(warp, words, "write")
-        self.writer[words], self.written[words] = warp.index, warp.clock[warp.index]
+        self._write(words, warp.index, warp.clock[warp.index])
         self.dirty[words] = threads + 1
 
     def proxy_fence(self, warp: Warp) -> None:
@@ -174,38 +198,31 @@ class Shared:
         fenced[warp.threads[warp.mask] + 1] = True
         self.dirty[fenced[self.dirty]] = 0
 
-    def begin_async_read(
-        self,
-        warp: Warp,
-        words: np.ndarray,
-        what: str,
-        complete: bool = True,
-        pipe: tuple[int, int] | None = None,
+    def async_read(
+        self, warp: Warp, words: np.ndarray, what: str, agent: int, time: int, *, complete: bool = True
     ) -> None:
-        """A read that the warp, or a pipe at a time of its own, begins and does not wait for.
+        """A read that the warp begins, by an agent at a time.
 
         ``complete``: whether all of it must have been written, as poison would spread.
         """
-        if complete:
-            self._initialised(words)
-        self._after_writes(warp, words, what)
+        self._after_writes(warp, words, what, initialised=complete)
         self._fenced(words, what)
-        if pipe is not None:
-            agent, time = pipe
-            self.read[words, agent] = time
-            return
-        self.read[words, warp.index] = FUTURE
-        self._reading.append((warp.index, words))
+        self.read[agent][words] = time
 
-    def end_async_reads(self, warp: Warp, reads: list[np.ndarray]) -> None:
-        """The warp has waited for the end of asynchronous reads of these words."""
-        for words in reads:
-            at = next(i for i, (index, mine) in enumerate(self._reading) if index == warp.index and mine is words)
-            del self._reading[at]
-            self.read[words, warp.index] = warp.clock[warp.index]
-        for index, others in self._reading:
-            if index == warp.index:
-                self.read[others, index] = FUTURE
+    def begin_async_read(self, warp: Warp, words: np.ndarray, what: str, *, complete: bool = True) -> int:
+        """An asynchronous read that the warp waits for: its number, which :meth:`end_async_reads` takes."""
+        self.async_read(warp, words, what, warp.index, FUTURE, complete=complete)
+        self._reads += 1
+        self._reading[warp.index][self._reads] = words
+        return self._reads
+
+    def end_async_reads(self, warp: Warp, reads: list[int]) -> None:
+        """The warp has waited for the end of asynchronous reads."""
+        reading, times = self._reading[warp.index], self.read[warp.index]
+        for number in reads:
+            times[reading.pop(number)] = warp.clock[warp.index]
+        for words in reading.values():
+            times[words] = FUTURE
 
     def begin_async_write(self, warp: Warp, words: np.ndarray, barrier: MBarrier, what: str) -> None:
         self._after_writes(warp, words, what)
@@ -213,8 +230,8 @@ class Shared:
         if warp.block.machine.rules.overwrite_fences:
             self._fenced(words, what)
         self.dirty[words] = 0
-        self.writer[words], self.written[words] = barrier.agent, FUTURE
-        self.region.data.view(np.uint32)[words] = 0xFFFFFFFF
+        self._write(words, barrier.agent, FUTURE)
+        self.region.view(4)[words] = 0xFFFFFFFF
 
     def end_async_write(self, words: np.ndarray, barrier: MBarrier) -> None:
         self.written[words] = barrier.phase + 1
@@ -223,14 +240,13 @@ class Shared:
         """Words that become a barrier: plain accesses are races from now on."""
         words = self.words(np.array([address]), 8)
         self._after_writes(warp, words, "barrier")
-        self.writer[words], self.written[words] = warp.index, FUTURE
+        self._write(words, warp.index, FUTURE)
 
     def release(self, warp: Warp, address: int) -> None:
         """A barrier ends: its words may be written again by those who come after the warp."""
         self.barrier(warp, address)
         del self.barriers[address]
-        words = self.words(np.array([address]), 8)
-        self.writer[words], self.written[words] = warp.index, warp.clock[warp.index]
+        self._write(self.words(np.array([address]), 8), warp.index, warp.clock[warp.index])
 
     def barrier(self, warp: Warp, address: int, asynchronous: bool = False) -> MBarrier:
         """The barrier at an address, which the warp must know to be ready."""

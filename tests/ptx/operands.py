@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptx.errors import DescriptorError
+from ptx.memory import SHARED_BASE, Region
 from ptx.tma import swizzle
 
 K = 16
@@ -45,11 +46,30 @@ class Layout(NamedTuple):
         return swizzle(start + places, span)
 
 
-@functools.lru_cache(maxsize=4096)
-def places(layout: Layout, first: int, rows: int, transposed: bool, size: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Addresses of ``rows`` rows from ``first`` on, and those of the words that hold them."""
+class Places(NamedTuple):
+    """Indices in shared memory of an operand's elements, and of the words that hold them; addresses of the latter."""
+
+    elements: np.ndarray
+    words: np.ndarray
+    addresses: np.ndarray
+
+    def inside(self, memory: Region) -> Places:
+        """The same, if they are inside.
+
+        Raises:
+            OutOfBoundsError: they are not.
+        """
+        if self.words[0] < 0 or self.words[-1] >= len(memory.data) // 4:
+            memory.elements(self.addresses, 4)
+        return self
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def places(layout: Layout, first: int, rows: int, transposed: bool, size: int = 2) -> Places:
+    """Where ``rows`` rows from ``first`` on are."""
     addresses = layout.addresses(first + rows, transposed, size)[first:]
-    return addresses, np.unique(addresses // 4 * 4)
+    words = np.unique(addresses // 4)
+    return Places((addresses - SHARED_BASE) // size, words - SHARED_BASE // 4, 4 * words)
 
 
 def field(bits: int, first: int, count: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from ptx.parse import Address, Imm, Instruction, Operand, Vector
 from ptx.program import Program, Run, opcode
 from ptx.tma import Line, Load, Reduction, Store, StoreGroups
 from ptx.warp import Warp
-from ptx.wgmma import Shape
+from ptx.wgmma import Registers, Shape, registers
 
 
 def uniform(values: np.ndarray, what: str) -> int:
     """The value that all active threads have."""
-    if (values != values[0]).any():
+    bits = values.tobytes()
+    if bits != bits[: values.itemsize] * len(values):
         raise DivergenceError(f"{what} differs between threads")
     return int(values[0])
 
@@ -61,8 +63,8 @@ def barrier_arrive(program: Program, ins: Instruction) -> Run:
         at, counts = addresses(w, slot, offset).tolist(), _active(w, times).tolist()
         barriers = [w.block.shared.barrier(w, address) for address in at]
         message = w.release()
-        for barrier, count in zip(barriers, counts, strict=True):
-            barrier.arrive(message, count)
+        for (barrier, count), threads in Counter(zip(barriers, counts, strict=True)).items():
+            barrier.arrive(message, count, threads)
         w.note("arrive", at)
 
     return run
@@ -359,23 +361,23 @@ def mma(program: Program, ins: Instruction) -> Run:
     if isinstance(a, Vector):
         transposed = [0, *transposed]
     facts = Shape(int(shape[1]), shape[2] == "f16", bool(transposed[0]), bool(transposed[1]), sign_a * sign_b)
-    rows = register_places(program, accumulator)
-    registers = register_places(program, a) if isinstance(a, Vector) else None
+    to = register_places(program, accumulator)
+    fragment = register_places(program, a) if isinstance(a, Vector) else None
     a_slot = -1 if isinstance(a, Vector) else program.slot(a, np.uint64)
     b_slot, predicate = program.slot(b, np.uint64), program.slot(accumulate, np.bool_)
 
     def run(w: Warp) -> None:
         if not w.together("wgmma"):
             return
-        first = uniform(w.slots[a_slot], "a descriptor") if registers is None else registers
+        first = uniform(w.slots[a_slot], "a descriptor") if fragment is None else fragment
         second = uniform(w.slots[b_slot], "a descriptor")
-        w.mma.issue(ins.line, facts, rows, first, second, bool(uniform(w.slots[predicate], "scale-d")))
+        w.mma.issue(ins.line, facts, to, first, second, bool(uniform(w.slots[predicate], "scale-d")))
 
     return run
 
 
-def register_places(program: Program, vector: Vector) -> np.ndarray:
-    return np.array([program.places[item.name][1] for item in vector.items])  # type: ignore[union-attr]
+def register_places(program: Program, vector: Vector) -> Registers:
+    return registers(*(program.places[item.name][1] for item in vector.items))  # type: ignore[union-attr]
 
 
 @opcode("wgmma.commit_group.sync.aligned")

@@ -225,10 +225,9 @@ class Pipe:
         self, warp: Warp, layout: Layout, rows: int, transposed: bool, size: int, complete: bool
     ) -> np.ndarray:
         shared = self.block.shared
-        at, words = places(layout, 0, rows, transposed, size)
-        pipe = self.agent, self.count
-        shared.begin_async_read(warp, shared.region.elements(words, 4), "matrix product", complete, pipe)
-        return (at - shared.region.base) // size
+        found = places(layout, 0, rows, transposed, size).inside(shared.region)
+        shared.async_read(warp, found.words, "matrix product", self.agent, self.count, complete=complete)
+        return found.elements
 
     def commit(self, warp: Warp, barrier: MBarrier, where: str) -> None:
         """An arrival tells what the thread knows, and all of its products so far."""
@@ -373,8 +372,8 @@ def _repeats(ins: Instruction, registers: int) -> int:
     return registers
 
 
-def _registers(program: Program, operand: Any) -> np.ndarray:
-    return register_places(program, operand if isinstance(operand, Vector) else Vector((operand,)))
+def _rows(program: Program, operand: Any) -> np.ndarray:
+    return register_places(program, operand if isinstance(operand, Vector) else Vector((operand,))).rows
 
 
 def _area(w: Warp, slot: int, offset: int, columns: int) -> Area:
@@ -387,7 +386,7 @@ def _area(w: Warp, slot: int, offset: int, columns: int) -> Area:
 
 @opcode("tcgen05.ld.sync.aligned.32x32b")
 def load(program: Program, ins: Instruction) -> Run:
-    rows = _registers(program, ins.operands[0])
+    rows = _rows(program, ins.operands[0])
     columns = _repeats(ins, len(rows))
     slot, offset = pointer(program, ins.operands[1])
     if len(set(rows.tolist())) != columns:
@@ -409,7 +408,7 @@ def load(program: Program, ins: Instruction) -> Run:
 @opcode("tcgen05.st.sync.aligned.32x32b")
 def store(program: Program, ins: Instruction) -> Run:
     slot, offset = pointer(program, ins.operands[0])
-    rows = _registers(program, ins.operands[1])
+    rows = _rows(program, ins.operands[1])
     columns = _repeats(ins, len(rows))
 
     def run(w: Warp) -> None:

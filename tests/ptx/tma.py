@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx.errors import DescriptorError
-from ptx.memory import Space
+from ptx.memory import SHARED_BASE, Space
 
 if TYPE_CHECKING:
     from ptx.barriers import MBarrier
@@ -89,6 +90,13 @@ class Line:
         return addresses, np.ones(len(addresses), np.bool_)
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def shared_places(address: int, count: int, size: int, span: int) -> tuple[np.ndarray, np.ndarray]:
+    """Addresses in shared memory of elements that are copied, and indices of the words that hold them."""
+    places = swizzle(address + size * np.arange(count, dtype=np.int64), span)
+    return places, np.unique((places - SHARED_BASE) // 4)
+
+
 class Copy:
     """One copy under way. :meth:`advance` does its next part; ``read`` and ``finished`` say what is done."""
 
@@ -98,9 +106,8 @@ class Copy:
         if address % (128 if isinstance(tensor, TensorMap) else 16):
             raise DescriptorError(f"a copy to or from {address:#x}, which is not aligned")
         self.size, self.type = tensor.size, {1: np.uint8, 2: np.uint16, 4: np.uint32}[tensor.size]
-        places = swizzle(address + self.size * np.arange(len(self.addresses), dtype=np.int64), tensor.span)
+        places, self.words = shared_places(address, len(self.addresses), self.size, tensor.span)
         self.places = self.shared.region.elements(places, self.size)
-        self.words = np.unique(self.places * self.size // 4)
         self.read = self.finished = False
 
     def advance(self) -> None:
@@ -138,7 +145,7 @@ class Store(Copy):
 
     def __init__(self, warp: Warp, tensor: TensorMap | Line, coordinates: Sequence[int], address: int) -> None:
         super().__init__(warp, tensor, coordinates, address)
-        self.shared.begin_async_read(warp, self.words, "store")
+        self.reading = self.shared.begin_async_read(warp, self.words, "store")
         self._data = np.zeros(0, self.type)
 
     def advance(self) -> None:
@@ -196,7 +203,7 @@ class StoreGroups:
         old = [store for group in self.groups[: len(self.groups) - allowed] for store in group]
         for store in [store for store in self._unread if any(store is other for other in old)]:
             self._unread.remove(store)
-            store.shared.end_async_reads(warp, [store.words])
+            store.shared.end_async_reads(warp, [store.reading])
 
     @property
     def unfinished(self) -> bool:

@@ -41,10 +41,20 @@ def decoded(descriptor: int) -> Layout:
     return Layout(start, leading, stride, SPANS[field(descriptor, 62, 2)])
 
 
+class Registers:
+    """Registers of an operand, by their places in the file; see :func:`registers`."""
+
+    def __init__(self, places: tuple[int, ...]) -> None:
+        self.rows, self.places = np.array(places), frozenset(places)
+        self.accumulators = {(4, place): ACCUMULATOR for place in places}
+        """What nobody else may touch while they are an accumulator in flight, and why."""
+        self.operands = {(4, place): OPERAND for place in places}
+
+
 @functools.cache
-def row_set(key: bytes) -> frozenset[int]:
-    """The places of registers in the bytes of an array of them."""
-    return frozenset(np.frombuffer(key, np.int64).tolist())
+def registers(*places: int) -> Registers:
+    """The same object for the same places."""
+    return Registers(places)
 
 
 def to_matrix(fragment: np.ndarray) -> np.ndarray:
@@ -77,40 +87,32 @@ class Shape:
 
 
 class Product:
-    """One instruction under way. ``rows`` are the places of its accumulator in the file of registers."""
+    """One instruction under way: ``to`` are the registers of its accumulator, ``inputs`` those of A, if it has some."""
 
-    def __init__(
-        self, warp: Warp, shape: Shape, rows: np.ndarray, a: np.ndarray | int, b: int, accumulate: bool
-    ) -> None:
-        self.shape, self.rows, self.accumulate = shape, rows, accumulate
-        self.inputs = [] if isinstance(a, int) else a.tolist()
-        self.shared = warp.block.shared
-        self.reads: list[np.ndarray] = []
-        self.done = False
+    def __init__(self, warp: Warp, shape: Shape, to: Registers, a: Registers | int, b: int, accumulate: bool) -> None:
+        self.shape, self.to, self.accumulate = shape, to, accumulate
+        self.inputs = None if isinstance(a, int) else a
+        self.shared, self.done = warp.block.shared, False
+        memory = self.shared.region
+        second = places(decoded(b), 0, shape.columns, shape.transposed_b).inside(memory)
         self._a: np.ndarray | None = None
-        self._b = self._elements(b, 0, shape.columns, shape.transposed_b)
+        self._b = second.elements
         if isinstance(a, int):
-            self._a = self._elements(a, warp.index % 4 * ROWS, ROWS, shape.transposed_a)
+            first = places(decoded(a), warp.index % 4 * ROWS, ROWS, shape.transposed_a).inside(memory)
+            self._a = first.elements
         else:
-            self._registers = operand_matrix(warp.file[a], shape.float16)
-        for i, words in enumerate(self.reads):  # rows of A that nobody wrote make the same rows of the result poison
-            self.shared.begin_async_read(warp, words, "matrix product", complete=i == 0)
-
-    @property
-    def holds(self) -> dict[tuple[int, int], str]:
-        """Registers that nobody else may touch, and why."""
-        accumulator = {(4, row): ACCUMULATOR for row in self.rows.tolist()}
-        return accumulator | {(4, row): OPERAND for row in self.inputs}
-
-    def _elements(self, descriptor: int, first: int, rows: int, transposed: bool) -> np.ndarray:
-        addresses, words = places(decoded(descriptor), first, rows, transposed)
-        self.reads.append(self.shared.region.elements(words, 4))
-        return (addresses - self.shared.region.base) // 2
+            self._registers = operand_matrix(warp.file[a.rows], shape.float16)
+        self.reads = [self.shared.begin_async_read(warp, second.words, "matrix product")]
+        if isinstance(a, int):  # rows of A that nobody wrote make the same rows of the result poison
+            read = self.shared.begin_async_read(warp, first.words, "matrix product", complete=False)
+            self.reads.append(read)
 
     def compute(self, accumulator: np.ndarray) -> Any:
         memory = self.shared.region.view(2)
         a = self._registers if self._a is None else widen(memory[self._a], self.shape.float16)
-        product = self.shape.sign * (a @ widen(memory[self._b], self.shape.float16).T)
+        product = a @ widen(memory[self._b], self.shape.float16).T
+        if self.shape.sign < 0:
+            product = -product
         return accumulator + product if self.accumulate else product
 
 
@@ -122,7 +124,9 @@ class Queue:
         self.open: list[Product] = []
         self.groups: list[list[Product]] = []
         self._todo: list[Product] = []
-        self._values: dict[bytes, np.ndarray] = {}
+        self._values: dict[Registers, np.ndarray] = {}
+        self._operands: set[int] = set()
+        """Places of registers that are operands in flight."""
         self._fenced: np.ndarray | None = None
         self._count = 0
 
@@ -134,19 +138,25 @@ class Queue:
         """Registers as they are now may be used by products."""
         self._fenced = self.warp.file[: self.warp.mma_registers].copy()
 
-    def issue(self, site: int, shape: Shape, rows: np.ndarray, a: np.ndarray | int, b: int, accumulate: bool) -> None:
-        """Begins a product. ``a`` is a descriptor, or the places of 4 registers."""
+    def issue(self, site: int, shape: Shape, to: Registers, a: Registers | int, b: int, accumulate: bool) -> None:
+        """Begins a product. ``a`` is a descriptor, or 4 registers."""
         self._agree((site, a if isinstance(a, int) else -1, b, accumulate))
-        key = rows.tobytes()
-        self._check_registers(rows, key, a)
+        self._check_registers(to, a)
         file = self.warp.file
-        product = Product(self.warp, shape, rows, a, b, accumulate)
-        if key not in self._values:
-            self._values[key] = to_matrix(file[rows].view(np.float32))
-            file[rows] = 0xFFFFFFFF
+        product = Product(self.warp, shape, to, a, b, accumulate)
+        if to not in self._values:
+            self._values[to] = to_matrix(file[to.rows].view(np.float32))
+            file[to.rows] = 0xFFFFFFFF
         self.open.append(product)
         self._todo.append(product)
-        self.warp.in_flight |= product.holds
+        self._hold(product)
+
+    def _hold(self, product: Product) -> None:
+        """Nobody else may touch the registers of a product."""
+        self.warp.in_flight |= product.to.accumulators
+        if product.inputs:
+            self.warp.in_flight |= product.inputs.operands
+            self._operands |= product.inputs.places
 
     def _agree(self, call: tuple[object, ...]) -> None:
         """The four warps of a warpgroup must issue the same products."""
@@ -160,17 +170,18 @@ class Queue:
         if seen == 3:
             del log[key]
 
-    def _check_registers(self, rows: np.ndarray, key: bytes, a: np.ndarray | int) -> None:
-        mine, inputs = row_set(key), frozenset(() if isinstance(a, int) else a.tolist())
+    def _check_registers(self, to: Registers, a: Registers | int) -> None:
         for other in self._values:
-            if other != key and not mine.isdisjoint(row_set(other)):
+            if other is not to and not to.places.isdisjoint(other.places):
                 raise InFlightError("two accumulators in flight share registers")
-            if not inputs.isdisjoint(row_set(other)):
+            if not isinstance(a, int) and not a.places.isdisjoint(other.places):
                 raise InFlightError("an operand is an accumulator in flight")
-        if any(why == OPERAND and row in mine for (_, row), why in self.warp.in_flight.items()):
+        if not to.places.isdisjoint(self._operands):
             raise InFlightError("an accumulator is an operand in flight")
-        used = sorted(inputs if key in self._values else mine | inputs)
-        if self._fenced is None or not np.array_equal(self._fenced[used], self.warp.file[used]):
+        used = [] if isinstance(a, int) else [a.rows]
+        if to not in self._values:
+            used.append(to.rows)
+        if self._fenced is None or any(self._fenced[rows].tobytes() != self.warp.file[rows].tobytes() for rows in used):
             raise InFlightError("registers of a product have changed since the last wgmma.fence")
 
     def commit(self) -> None:
@@ -180,34 +191,26 @@ class Queue:
     def advance(self) -> None:
         """Computes the next product."""
         product = self._todo.pop(0)
-        key = product.rows.tobytes()
-        self._values[key] = product.compute(self._values[key])
+        self._values[product.to] = product.compute(self._values[product.to])
         product.done = True
 
     def complete(self, allowed: int) -> bool:
-        """Whether all groups but the last ``allowed`` ones are computed."""
+        """Whether all groups but the last ``allowed`` ones are computed, which are computed in order."""
         old = self.groups[: max(len(self.groups) - allowed, 0)]
-        return all(product.done for group in old for product in group)
+        return next((group[-1].done for group in reversed(old) if group), True)
 
     def retire(self, allowed: int) -> None:
         """The warp has waited: results of these groups come into registers."""
         count = max(len(self.groups) - allowed, 0)
         old, self.groups = self.groups[:count], self.groups[count:]
         left = [product for group in (*self.groups, self.open) for product in group]
-        busy = {product.rows.tobytes() for product in left}
         retired = [product for group in old for product in group]
-        self.warp.block.shared.end_async_reads(self.warp, [words for product in retired for words in product.reads])
-        for product in retired:
-            key = product.rows.tobytes()
-            if key not in busy and key in self._values:
-                bits = to_fragment(self._values.pop(key)).astype(np.float32).view(np.uint32)
-                self.warp.file[product.rows] = bits
-                if self._fenced is not None:
-                    self._fenced[product.rows] = bits
-        self._release(left)
-
-    def _release(self, left: list[Product]) -> None:
-        flying: dict[tuple[int, int], str] = {}
+        self.warp.block.shared.end_async_reads(self.warp, [read for product in retired for read in product.reads])
+        for to in {product.to for product in retired} - {product.to for product in left}:
+            bits = to_fragment(self._values.pop(to)).astype(np.float32).view(np.uint32)
+            self.warp.file[to.rows] = bits
+            if self._fenced is not None:
+                self._fenced[to.rows] = bits
+        self.warp.in_flight, self._operands = {}, set()
         for product in left:
-            flying |= product.holds
-        self.warp.in_flight = flying
+            self._hold(product)
