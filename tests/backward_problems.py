@@ -20,7 +20,7 @@ LINE = KernelTiles((1, 1, 64), 2, 2, (1, 1, 32), 32)
 """Of one dimension, with two boxes of queries."""
 PROBLEMS = {name: x for name, x in HOPPER.items() if x.config.consumers == 2 and not x.tiles.kv_rest}
 PROBLEMS["text, grouped heads, some of it valid"] = Problem(
-    GNA((5, 6), (3, 4), (1, 2), text_first=9, text_last=70), Config(32, 32), TWO, 2, 4, 2, valid=((9, 66), (3, 0))
+    GNA((5, 6), (3, 4), (1, 2), text_first=9, text_last=70), Config(32, 32), TWO, 2, 2, 1, valid=((9, 66), (3, 0))
 )
 
 
