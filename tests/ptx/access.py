@@ -109,7 +109,7 @@ def load(program: Program, ins: Instruction) -> Run:
             if unused:
                 words = np.delete(words.reshape(-1, count), unused, 1).reshape(-1)
             w.block.shared.plain_read(w, words)
-        values = data[index].view(kind)
+        values = data.take(index, 0).view(kind)
         if unused:
             values[:, unused] = poison
         for i, register in enumerate(to):

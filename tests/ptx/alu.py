@@ -303,8 +303,9 @@ def convert(program: Program, ins: Instruction) -> Run:
         narrow = bfloat16_bits if to == "bf16x2" else float16_bits
 
         def pair(high: np.ndarray, low: np.ndarray) -> Any:
-            bits = narrow(np.concatenate((high, low)))
-            return bits[: len(high)] << 16 | bits[len(high) :]
+            halves = np.empty((len(high), 2), np.float32)
+            halves[:, 0], halves[:, 1] = low, high
+            return narrow(halves).view(np.uint32)[:, 0]
 
         return general(program, ins, pair, np.uint32, [np.float32] * 2)
     if "f" in to + source:
@@ -317,20 +318,23 @@ def convert(program: Program, ins: Instruction) -> Run:
     return general(program, ins, lambda a: a.astype(kind), kind, (TYPES[source],))
 
 
+ONE, HALF, SIXTEEN = np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
+
+
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """Floats rounded to bfloat16, to the nearest even, as integers of 32 bits."""
+    """Floats rounded to bfloat16, to the nearest even, as integers of 16 bits."""
     bits = x.view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
+    rounded = bits >> SIXTEEN
+    rounded &= ONE
+    rounded += HALF
     rounded += bits
-    rounded >>= np.uint32(16)
-    rounded[np.isnan(x)] = 0x7FFF
-    return rounded
+    rounded >>= SIXTEEN
+    rounded[np.isnan(x)] = HALF
+    return rounded.astype(np.uint16)
 
 
 def float16_bits(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).view(np.uint16).astype(np.uint32)
+    return x.astype(np.float16).view(np.uint16)
 
 
 APPROXIMATE: dict[str, Any] = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal}

@@ -145,7 +145,7 @@ class Shared:
         """Words of elements of ``size`` bytes by their indices."""
         if size < 4:
             return index * size // 4
-        return index if size == 4 else self._numbers.reshape(-1, size // 4)[index].reshape(-1)
+        return index if size == 4 else self._numbers.reshape(-1, size // 4).take(index, 0).reshape(-1)
 
     def _where(self, words: np.ndarray, bad: np.ndarray) -> str:
         return f"byte {int(words[np.flatnonzero(bad)[0]]) * 4} of shared memory"

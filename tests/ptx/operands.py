@@ -81,7 +81,9 @@ def widen(bits: np.ndarray, float16: bool) -> Any:
     """16-bit floats as float32."""
     if float16:
         return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    halves = np.zeros((*bits.shape, 2), np.uint16)
+    halves[..., 1] = bits
+    return halves.view(np.float32)[..., 0]
 
 
 def _e4m3(bits: int) -> float:

@@ -33,6 +33,7 @@ TYPES: dict[str, Any] = {
 }
 FILES: dict[int, Any] = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Type of the registers of each size in bytes; predicates are the only ones of one byte."""
+ONES = {size: np.array(-1).astype(kind) for size, kind in FILES.items()}
 FIXED = {
     **dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z", "%cluster_ctarank"), 0),
     **dict.fromkeys(("%cluster_ctaid.x", "%cluster_ctaid.y", "%cluster_ctaid.z"), 0),
@@ -252,7 +253,7 @@ class Program:
 
     def registers(self, rng: np.random.Generator, special: Mapping[str, np.ndarray]) -> tuple[list[Any], Any]:
         """The slots of a new warp, and its file of 32-bit registers. All are poison: bits of NaN, random predicates."""
-        files = {size: np.full((max(count, 1), LANES), -1).astype(FILES[size]) for size, count in self.sizes.items()}
+        files = {size: np.full((max(count, 1), LANES), ONES[size], FILES[size]) for size, count in self.sizes.items()}
         files[1][:] = rng.random(files[1].shape) < 0.5
         slots: list[Any] = [None] * self.slot_count
         for (size, kind), rows in self._rows.items():

@@ -61,10 +61,9 @@ def barrier_arrive(program: Program, ins: Instruction) -> Run:
 
     def run(w: Warp) -> None:
         at, counts = addresses(w, slot, offset).tolist(), _active(w, times).tolist()
-        barriers = [w.block.shared.barrier(w, address) for address in at]
         message = w.release()
-        for (barrier, count), threads in Counter(zip(barriers, counts, strict=True)).items():
-            barrier.arrive(message, count, threads)
+        for (address, count), threads in Counter(zip(at, counts, strict=True)).items():
+            w.block.shared.barrier(w, address).arrive(message, count, threads)
         w.note("arrive", at)
 
     return run

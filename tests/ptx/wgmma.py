@@ -101,7 +101,7 @@ class Product:
             first = places(decoded(a), warp.index % 4 * ROWS, ROWS, shape.transposed_a).inside(memory)
             self._a = first.elements
         else:
-            self._registers = operand_matrix(warp.file[a.rows], shape.float16)
+            self._registers = operand_matrix(warp.file.take(a.rows, 0), shape.float16)
         self.reads = [self.shared.begin_async_read(warp, second.words, "matrix product")]
         if isinstance(a, int):  # rows of A that nobody wrote make the same rows of the result poison
             read = self.shared.begin_async_read(warp, first.words, "matrix product", complete=False)
@@ -145,7 +145,7 @@ class Queue:
         file = self.warp.file
         product = Product(self.warp, shape, to, a, b, accumulate)
         if to not in self._values:
-            self._values[to] = to_matrix(file[to.rows].view(np.float32))
+            self._values[to] = to_matrix(file.take(to.rows, 0).view(np.float32))
             file[to.rows] = 0xFFFFFFFF
         self.open.append(product)
         self._todo.append(product)
@@ -181,7 +181,8 @@ class Queue:
         used = [] if isinstance(a, int) else [a.rows]
         if to not in self._values:
             used.append(to.rows)
-        if self._fenced is None or any(self._fenced[rows].tobytes() != self.warp.file[rows].tobytes() for rows in used):
+        old, new = self._fenced, self.warp.file
+        if old is None or any(old.take(rows, 0).tobytes() != new.take(rows, 0).tobytes() for rows in used):
             raise InFlightError("registers of a product have changed since the last wgmma.fence")
 
     def commit(self) -> None:
