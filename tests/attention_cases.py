@@ -87,8 +87,13 @@ CASES = {
     "heads-differ": Case(HEADS_DIFFER, heads=3, kv_heads=3),
     "dilations-differ": Case(DILATIONS_DIFFER, batch=1),
     # Several at once, for routes that are compiled.
-    "grouped-heads-value-dim": Case(SMALL, heads=6, kv_heads=2, value_dim=40),
-    "packed-text-first": Case(GNA((6, 9), (3, 4), text_first=7), storage="packed"),
+    "1d-causal-grouped-heads-value-dim": Case(GNA(44, 7, 3, causal=True), heads=6, kv_heads=2, value_dim=40),
+    "3d-packed-text-first": Case(
+        GNA((3, 4, 5), (2, 3, 2), (1, 3, 2), causal=(True, False, False), text_first=7), storage="packed"
+    ),
+    "tail-tiles-tokens-before-heads": Case(
+        GNA((17, 19), (5, 6), (4, 3), text_last=5), dim=32, value_dim=32, storage="tokens-before-heads"
+    ),
     "heads-differ-head-dim-8": Case(HEADS_DIFFER, heads=3, kv_heads=3, dim=8, value_dim=8),
     "dilations-differ-head-dim-40": Case(DILATIONS_DIFFER, batch=1, dim=40, value_dim=40),
 }
