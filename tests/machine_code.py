@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gna_flex.cuda import forward, tables
+from gna_flex.cuda import forward, jit, tables
 from gna_flex.cuda.config import KernelConfig, work_bytes
 
 
@@ -27,8 +27,17 @@ def needs_nvrtc() -> None:
         pytest.skip(f"no NVRTC: {error}", allow_module_level=True)
 
 
+def check_layout(config: KernelConfig, checks: str, arch: str = "sm_90a") -> None:
+    """Has the compiler itself check assertions after a kernel's source, for which it need not generate code.
+
+    The code that tests look at is that of the source as it is shipped, which all of them then compile once.
+    """
+    source, options = config.source() + checks, ("-fdevice-syntax-only",)
+    jit.compile(source, arch=arch, defines=config.defines(), include=config.include(), options=options)
+
+
 def layout_checks(config: KernelConfig) -> str:
-    """Assertions that the compiler itself checks: sizes and offsets of what the host fills in."""
+    """Assertions about sizes and offsets of what the host fills in."""
     columns = tables.COLUMNS + tables.REST_COLUMNS * (config.key_shapes > 1)
     facts = {"kSharedBytes": config.shared_bytes, "sizeof(Item)": 4 * columns}
     maps = 4 * config.maps + 2 * config.map_sets * (config.key_shapes - 1)
@@ -57,7 +66,9 @@ def opcodes(code: bytes, folder: Path) -> list[str]:
     """Instructions in the order of the code, without predicates and operands."""
     path = folder / "kernel.cubin"
     path.write_bytes(code)
-    text = subprocess.run([disassembler(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    # Without its analysis of data flow, which only names the targets of branches.
+    words = [disassembler(), "-c", "-ndf", str(path)]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", text, re.MULTILINE)
 
 

@@ -25,10 +25,14 @@ DEFAULTS = [
     for keys, fused in ((False, False), (True, False), (True, True))
     if not (fused and head_dim % 64)  # half of the columns must be whole chunks
 ]
+LARGEST = [config for config in DEFAULTS if config.head_dim == 128]
+SMALLER = [config for config in DEFAULTS if config.head_dim < 128]
+# Each with float16, and with text and dilation: one by one at the largest head dim, both at a time at the others.
 CONFIGS = [
     *DEFAULTS,
-    *(replace(config, float16=True) for config in DEFAULTS),
-    *(replace(config, text=True, dilated=True, map_sets=3) for config in DEFAULTS),
+    *(replace(config, float16=True) for config in LARGEST),
+    *(replace(config, text=True, dilated=True, map_sets=3) for config in LARGEST),
+    *(replace(config, float16=True, text=True, dilated=True, map_sets=3) for config in SMALLER),
 ]
 
 

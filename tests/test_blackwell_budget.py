@@ -3,7 +3,6 @@
 Nothing here shows that it computes the right thing; it has never run.
 """
 
-import functools
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machine_code import disassembler, kinds, layout_checks, needs_nvrtc, opcodes
+from machine_code import check_layout, disassembler, kinds, layout_checks, needs_nvrtc, opcodes
 
 from gna_flex.cuda import jit
 from gna_flex.cuda.blackwell import ARCHITECTURES, FAMILY, HEAD_DIMS, POLYNOMIAL_ERROR, BlackwellConfig
@@ -65,16 +64,9 @@ def name_of(config: BlackwellConfig) -> str:
 configs = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 
 
-@functools.cache
-def built(config: BlackwellConfig, arch: str = "sm_100a") -> jit.Cubin:
-    """The kernel, plus what the compiler itself checks: sizes and offsets that Python relies on."""
-    text = config.source() + layout_checks(config)
-    return jit.compile(text, arch=arch, defines=config.defines(), name="blackwell_forward.cu", include=config.include())
-
-
 @configs
 def test_registers_and_spills(config):
-    log = built(config).log
+    log = config.compile("sm_100a").log
     (usage,) = jit.resource_usage(log)
     assert usage.registers * config.threads <= 1 << 16
     assert usage.registers == REGISTERS
@@ -94,7 +86,9 @@ def test_registers_and_spills(config):
     ids=str,
 )
 def test_all_architectures(arch, head_dim, changes):
-    cubin = built(default(head_dim, **changes), arch)
+    config = default(head_dim, **changes)
+    check_layout(config, layout_checks(config), arch)
+    cubin = config.compile(arch)
     (usage,) = jit.resource_usage(cubin.log)
     assert usage.registers == REGISTERS
     assert jit.spills(cubin.log) <= SPILLED_BYTES
@@ -103,15 +97,19 @@ def test_all_architectures(arch, head_dim, changes):
 
 def test_older_architectures_refuse_it():
     with pytest.raises(jit.CompileError, match="tcgen05"):
-        built(BlackwellConfig(128), "sm_90a")
+        BlackwellConfig(128).compile("sm_90a")
+
+
+@configs
+def test_python_and_cuda_agree(config):
+    check_layout(config, layout_checks(config), "sm_100a")
 
 
 def test_python_and_cuda_agree_or_it_does_not_compile():
-    """The checks of :func:`built` are no empty words."""
+    """The checks are no empty words."""
     config = BlackwellConfig(128)
-    wrong = config.source() + layout_checks(replace(config, map_sets=2))
     with pytest.raises(jit.CompileError, match=f"Python has {4 * 2 * 128}"):
-        jit.compile(wrong, arch="sm_100a", defines=config.defines(), include=config.include())
+        check_layout(config, layout_checks(replace(config, map_sets=2)), "sm_100a")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_what_is_not_possible_does_not_compile(config, words):
 @pytest.mark.skipif(not disassembler(), reason="there is no nvdisasm")
 @configs
 def test_instructions(config, tmp_path):
-    names = opcodes(built(config).code, tmp_path)
+    names = opcodes(config.compile("sm_100a").code, tmp_path)
     count = kinds(names)
     assert {name for name in names if name.startswith(("UTMALDG", "UTMASTG"))} == {"UTMALDG.5D", "UTMASTG.5D"}
     assert not count["LDGSTS"] + count["HMMA"]

@@ -60,6 +60,7 @@ CONFIGS += [config for head_dim in BlackwellConfig.head_dims for config in Black
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kernel_cache")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.folder}-{config.head_dim}-{config.keys}")
 def test_configurations_compile(config):
     try:
