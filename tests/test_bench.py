@@ -43,9 +43,10 @@ def measure_in(monkeypatch, pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["row-major", "tiles"])
-def test_mask_against_create_block_mask(capsys, monkeypatch, order):
-    if order == "row-major":
+def test_mask_against_create_block_mask(capsys, monkeypatch, order, request):
+    if order == "row-major":  # without generated code
         measure_in(monkeypatch, PoolOfThisProcess)
+        request.getfixturevalue("counting_compiler")
     numbers = json.loads(
         ok(capsys, "bench", "mask", "20x36", "--window", "7", "--order", order, "--repeats", "2", "--json")
     )
@@ -187,8 +188,7 @@ def test_attention_that_is_wrong_raises(capsys, monkeypatch):
     assert "against the reference" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_compiled_routes_on_the_cpu():
+def test_compiled_routes_on_the_cpu(counting_compiler):
     gna = GNA((16, 16), 5)
     timings = bench_attention(gna, heads=2, head_dim=32, dtype=torch.float32, device="cpu", repeats=2)
     assert [timing.name for timing in timings if timing.milliseconds > 0] == ["dense", "flex-tiles", "flex"]
