@@ -180,9 +180,12 @@ def test_compiled(mode: str, door: Door, backward: bool) -> None:
     foreign = door.mask is foreign_mask
     backend = recognising(inner) if mode == BACKEND or (foreign and mode != COMPILE) else inner
     attend = torch.compile(lambda q, k, v, mask: door.attend(q, k, v, block_mask=mask), backend=backend, **options)
+    sizes = SIZES.get(mode, [(2, 320)] * 4)
+    if mode == LENGTHS and not foreign:
+        sizes = sizes[:2]  # which have a graph each
     counters.clear()
     with refusal(door, backward), recognise_masks() if foreign and mode == COMPILE else contextlib.nullcontext():
-        for batch, tokens in SIZES.get(mode, [(2, 320)] * 4):
+        for batch, tokens in sizes:
             gna = door.gna(tokens)
             mask = door.mask(gna)
             torch.compiler.cudagraph_mark_step_begin()
@@ -305,9 +308,10 @@ def test_twenty_masks_in_one_compiled_function(door: Door) -> None:
     counter = CompileCounterWithBackend(QUICK)
     attend = torch.compile(lambda q, k, v, mask: door.attend(q, k, v, block_mask=mask), backend=counter)
     masks = [our_mask(gna) for gna in TWENTY]
-    for gna, mask in zip(TWENTY, masks, strict=True):
-        check(lambda *x, mask=mask: attend(*x, mask), inputs(1, 320, False), gna)
-    assert counter.frame_count >= torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for gna, mask in zip(TWENTY, masks, strict=True):
+            check(lambda *x, mask=mask: attend(*x, mask), inputs(1, 320, False), gna)
+    assert counter.frame_count >= 3
     if ON_HOPPER and door is DOORS["ours"]:
         assert all(mask.launchers for mask in masks[-10:]), "the kernel took these calls outside of graphs"
 
