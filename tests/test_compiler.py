@@ -25,9 +25,16 @@ def trains_on_cpu(monkeypatch):
     monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
 
 
-@INNER
+@pytest.mark.parametrize(
+    ("style", "inner"),
+    [
+        # Which mask it is decides what is rewritten, and how it is compiled afterwards is another question.
+        *((style, "eager") for style in STYLES),
+        *((style, "aot_eager") for style in ("clamped", "where", "text-around")),
+        pytest.param("clamped", "inductor", marks=pytest.mark.slow),
+    ],
+)
 @ROUTES
-@pytest.mark.parametrize("style", STYLES)
 def test_foreign_masks(route, style, inner):
     if inner == "inductor" and "tiles" in route_name(route):
         pytest.skip("Inductor's FlexAttention on a CPU takes no copied block lists")
