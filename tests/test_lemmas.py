@@ -110,7 +110,7 @@ def test_perfect_is_exact_on_everything_small() -> None:
 @pytest.mark.slow
 def test_perfect_is_exact() -> None:
     # All windows, strides and dilations, causal or not, tiles 1 .. 16, both tilings.
-    sets, good, false, missed = compare_all([*range(13, 29), 37, 48, 64])
+    sets, good, false, missed = compare_all([*range(13, 29), 37, 64])
     assert sets > 10_000_000
     assert good > 500_000
     assert (false, missed) == (0, 0)
