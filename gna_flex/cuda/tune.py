@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gna_flex import kernels, ops
-from gna_flex.cuda import forward, jit, rests, shapes, tables
+from gna_flex.cuda import forward, jit, rests, shapes, skips, tables, windows
 from gna_flex.cuda.cache import cache_folder, open_own, write_own
 from gna_flex.cuda.config import KernelConfig
 from gna_flex.cuda.forward import Plan, Request, estimated, request_on
@@ -228,8 +228,8 @@ def candidates(request: Request) -> list[Shapes]:
             both = [*best, shapes.Candidate(two, shapes.cost(gnas, two))]
             best = sorted(both, key=lambda one: one.cost)[:TILES_PER_CONFIG]
         if config.may_skip:
-            skips = [shapes.skipping(gnas, one.tiles) for one in best]
-            best = [shapes.Candidate(tiles, shapes.cost(gnas, tiles)) for tiles in skips]
+            skipping = [shapes.skipping(gnas, one.tiles) for one in best]
+            best = [shapes.Candidate(tiles, shapes.cost(gnas, tiles)) for tiles in skipping]
         found += [(place, one.cost * config.box_time, (config, one.tiles)) for place, one in enumerate(best)]
     found.sort(key=lambda entry: entry[:2])
     return list(dict.fromkeys([estimated(request), *(entry[2] for entry in found)]))[:MOST_CANDIDATES]
@@ -415,7 +415,7 @@ def entry_path(request: Request, gpu: str) -> Path:
 def source_digest(kernel: type[KernelConfig]) -> str:
     """Checksum of a kernel: its sources, and the modules that write a part of it and its tables."""
     texts = [*sorted(jit.headers(kernel.folder).items()), kernel.source()]
-    files = [str(sys.modules[kernel.__module__].__file__), tables.__file__]
+    files = [str(module.__file__) for module in (sys.modules[kernel.__module__], tables, skips, windows)]
     texts += [Path(file).read_text(encoding="utf-8") for file in files]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
