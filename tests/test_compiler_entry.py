@@ -73,7 +73,7 @@ def test_the_name_is_found_without_an_import(tmp_path):
     (metadata / "entry_points.txt").write_text("[torch_dynamo_backends]\n" + entry_point() + "\n")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
