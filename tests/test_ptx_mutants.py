@@ -89,8 +89,10 @@ def cannot_matter_holding(name: str, text: str, match: re.Match[str]) -> bool:
 
     Nor the sign of a mask, but for time: infinite scores have the box computed again.
     """
-    if name == "other sign" and "prmt" in text[: match.start()].rpartition("wgmma.commit_group")[2]:
-        return True
+    if name == "other sign":
+        fragment = re.findall(r"\{([^{}]*)\}", match[1])[-1].split(", ")
+        if any(f"prmt.b32 {register}," in text for register in fragment):  # bytes of what is hidden
+            return True
     roles = re.findall(r"setmaxnreg\.(\w+)", text[: match.start()])
     if name == "no wait" and roles and roles[-1] == "inc":
         after = text[match.end() :].split("// begin inline asm")[0]
