@@ -40,7 +40,7 @@ CONFIGS = [
     *(replace(config, dilated=True, map_sets=9) for config in FIRST_TEXT),
     *(replace(config, key_shapes=2) for config in [*DEFAULTS, *TEXT] if config.may_have_rests),
     *(replace(config, key_shapes=2, dilated=True, map_sets=3) for config in DEFAULTS if config.may_have_rests),
-    *(replace(config, skips=True) for config in DEFAULTS if config.may_skip and config.keys in (64, 128)),
+    *(replace(config, skips=True) for config in DEFAULTS if config.may_skip),
     *(fitting(Config(128, keys=keys)) for keys in (112, 160)),
     *(fitting(Config(128, keys=keys, dilated=True, text=True, map_sets=3)) for keys in (96, 160)),
     Config(128, 112, holds_queries=True),
@@ -75,11 +75,12 @@ def consumer_spills(config: Config) -> int:
         (64, 112): (4, 7),
         (64, 128): (28, 31),
         (64, 192): (8, 11),
-        (128, 64): (4, 4),
+        (128, 64): (2, 2),
         (128, 80): (35, 35),
     }
     without, with_text = known.get((config.head_dim, config.keys), (0, 0))
-    return with_text if config.text else without
+    more = {(64, 112): 1, (128, 64): 2}.get((config.head_dim, config.keys), 0) if config.skips else 0
+    return more + (with_text if config.text else without)
 
 
 def has_mask_products(config: Config) -> bool:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from gna_flex import GNA
 from gna_flex.cuda import rests
 from gna_flex.cuda.forward import Request, estimated
-from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.shapes import choose, cost, key_shapes, query_shapes, query_sides
 from gna_flex.cuda.tables import KernelTiles, count
 from gna_flex.presets import PRESETS, preset
@@ -125,15 +124,3 @@ def test_pairs_are_of_different_shapes():
         assert a != b
         assert math.prod(a) == math.prod(b) == 96
         assert sum(a) + sum(b) < 96
-
-
-def test_warpgroups_skip_boxes_where_that_saves_time():
-    def chosen(gna: GNA, head_dim: int = 128) -> tuple[Config, bool]:
-        config, tiles = estimated(Request((gna,), head_dim, float16=False, device=0))
-        return config, tiles.skips
-
-    for gna in (GNA(32768, 2048, 256), GNA(32768, 2048), GNA(32768, 2048, causal=True)):
-        assert chosen(gna) == (Config(128, 64, consumers=3, key_stages=3), True)
-        assert chosen(gna, 64) == (Config(64, 128, consumers=3, key_stages=3), True)
-    assert not chosen(GNA.dense(32768))[1]
-    assert not chosen(GNA((64, 64), 32, 16))[1]

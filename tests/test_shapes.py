@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from gna_flex import GNA
 from gna_flex.cuda import shapes
+from gna_flex.cuda.forward import Request, estimated
+from gna_flex.cuda.kernel import Config
 from gna_flex.cuda.shapes import candidates, choose, cost, key_shapes, query_shapes
 from gna_flex.cuda.tables import KernelTiles, count, padded_dims
 
@@ -213,3 +215,15 @@ def test_random_seeds_give_the_same_choice():
     first = choose(gna)
     choose.cache_clear()
     assert choose(gna) == first
+
+
+def test_warpgroups_skip_boxes_where_that_saves_time():
+    def chosen(gna: GNA, head_dim: int = 128) -> tuple[Config, bool]:
+        config, tiles = estimated(Request((gna,), head_dim, float16=False, device=0))
+        return config, tiles.skips
+
+    for gna in (GNA(32768, 2048, 256), GNA(32768, 2048), GNA(32768, 2048, causal=True)):
+        assert chosen(gna) == (Config(128, 64, consumers=3, key_stages=3), True)
+        assert chosen(gna, 64) == (Config(64, 128, consumers=3, key_stages=3), True)
+    assert not chosen(GNA.dense(32768))[1]
+    assert not chosen(GNA((64, 64), 32, 16))[1]

@@ -79,7 +79,8 @@ class Kernel:
         self.lengths = class_lengths(gna)
         self.queries = np.zeros(gna.tokens, int)
         self.met = np.zeros((gna.tokens, gna.grid_tokens), int)
-        for record in work_records(gna, tiles):
+        self.records = work_records(gna, tiles)
+        for record in self.records:
             self.run(record)
 
     def run(self, record: np.ndarray) -> None:
@@ -104,11 +105,16 @@ class Kernel:
         if not self.tiles.skips or record[KIND]:
             assert not record[SKIPS].any() or self.tiles.kv_rest
             return np.ones((1, 1), bool)
-        warpgroup = (rows[:, 2] - record[START][2]) // self.tiles.box[2]
-        first, last = record[SKIPS][warpgroup] & 0xFFFF, record[SKIPS][warpgroup] >> 16
+        skips = self.skips_of(record, rows)
+        first, last = skips & 0xFFFF, skips >> 16
         assert (first + last < boxes).all(), "a warpgroup without key boxes"
         place = np.arange(boxes * keys) // keys
         return (first[:, None] <= place) & (place < boxes - last[:, None])
+
+    def skips_of(self, record: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What the warpgroup of each row skips."""
+        skips: np.ndarray = record[SKIPS][(rows[:, 2] - record[START][2]) // self.tiles.box[2]]
+        return skips
 
     def index(self, x: np.ndarray) -> np.ndarray:
         return np.ravel_multi_index(tuple(x.T), tuple(self.layout))
@@ -150,12 +156,13 @@ class Kernel:
         return keys.reshape(-1, 3), np.repeat(free, len(inside))
 
 
-def assert_exact(gna: GNA, tiles: KernelTiles) -> None:
+def assert_exact(gna: GNA, tiles: KernelTiles) -> Kernel:
     kernel = Kernel(gna, tiles)
     assert (kernel.queries == 1).all()
     mask = dense_mask(gna)
     keep = (mask.T if isinstance(gna, Transposed) else mask)[:, gna.text_first : gna.text_first + gna.grid_tokens]
     np.testing.assert_array_equal(kernel.met, keep, err_msg=f"{gna}, {tiles}")
+    return kernel
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -172,22 +179,20 @@ def test_every_pair_is_met_exactly_once_where_warpgroups_skip_boxes(seed):
         gna = random_gna(rng, 1, (400,), TEXT)
         groups, box, keys = rng.randint(1, 3), rng.randint(8, 64), rng.choice([16, 32, 32, 64])
         tiles = KernelTiles((1, 1, box), groups, 2, (1, 1, rng.choice([keys, keys, keys - 3])), keys, skips=True)
-        assert_exact(gna, tiles)
-        assert_first_keys_are_seen(gna, tiles)
+        assert_first_keys_are_seen(assert_exact(gna, tiles))
 
 
-def assert_first_keys_are_seen(gna: GNA, tiles: KernelTiles) -> None:
+def assert_first_keys_are_seen(kernel: Kernel) -> None:
     """The kernel asks for a row's first key in the first box of its warpgroup, and in boxes that need a mask."""
-    kernel = Kernel(gna, tiles)
-    for record in work_records(gna, tiles):
+    tiles = kernel.tiles
+    for record in kernel.records:
         if not record[KIND] and record[MASKED]:
             rows, _ = kernel.grid_rows(record)
             keys, free = kernel.key_places(record)
             window = kernel.windows[kernel.offsets[record[LENGTHS]][2] + rows[:, 2]]
             seen = (window[:, :1] <= keys[:, 2]) & (keys[:, 2] < window[:, 1:]) & kernel.not_skipped(record, rows)
             box = seen.argmax(axis=1) // tiles.kv_tile[2]
-            warpgroup = (rows[:, 2] - record[START][2]) // tiles.box[2]
-            first = box == (record[SKIPS][warpgroup] & 0xFFFF)
+            first = box == kernel.skips_of(record, rows) & 0xFFFF
             assert (first | ~free[:: tiles.kv_tile[2]][box]).all()
 
 

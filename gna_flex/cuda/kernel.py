@@ -102,8 +102,9 @@ class Config(KernelConfig):
 
         Measured on H100s and H200s. Two consumers: at head dims 96 and 128, 144 keys beat 128 by 2 % where boxes need
         no mask and by more where most do; beyond that registers are short. Three gain 10 to 20 % at head dim 32; 15 %
-        at 64, but for windows of few boxes; and 5 % at 128 where windows are long and nothing is masked. Text was not
-        measured with the latter.
+        at 64, but for windows of few boxes; and 5 % at 128 where windows are long and nothing is masked, with 80 keys,
+        or along one dimension, with 64 of which they skip some. Text was not measured with either. They have three
+        slots of 16 KB, or two of more.
         """
         padded = cls.padded(head_dim)
         trios = TRIOS.get(padded, ()) if padded < 128 or not text else ()

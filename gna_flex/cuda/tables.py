@@ -290,7 +290,9 @@ def _grid_records(gna: GNA, tiles: KernelTiles) -> np.ndarray:
     if isinstance(gna, Transposed):
         records = records.transpose(*_by_overlap(records, tiles), 3)
     records = records.reshape(-1, records.shape[-1])
-    return _ordered(_with_masked(_with_skips(records, gna, tiles) if tiles.skips else records), gna)
+    if tiles.skips:
+        records = _with_skips(records, gna, tiles)
+    return _ordered(_with_masked(records), gna)
 
 
 def _columns(tiles: KernelTiles) -> int:

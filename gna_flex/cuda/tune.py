@@ -444,7 +444,7 @@ def _parsed(facts: dict[str, Any], path: Path, request: Request) -> Shapes:
     numbers = (*tiles.box, tiles.groups, tiles.split, *tiles.kv_tile, tiles.kv_slots, tiles.rows)
     numbers += (*(tiles.kv_rest or ()), tiles.rest_axis)
     if not all(type(n) is int for n in numbers) or type(tiles.skips) is not bool:
-        raise ValueError(f"{tiles} are not whole numbers")
+        raise ValueError(f"{tiles}: numbers are not whole, or skips is neither true nor false")
     if not config.fits(tiles):
         raise ValueError(f"{tiles} do not fit {config}")
     return config, tiles
