@@ -28,8 +28,8 @@ class DensePass:
     def __init__(self, request: Request, rows_are_keys: bool, fused: bool = False) -> None:
         self.config = default_config(request.head_dim, rows_are_keys, fused)
 
-    def ring(self, query: Tensor, key: Tensor) -> Ring:
-        return Ring(key.shape[0] * key.shape[1], 2, 1, 32)
+    def sums(self, query: Tensor, key: Tensor, to: Tensor) -> Sums:
+        return Sums.zeros(Ring(key.shape[0] * key.shape[1], 2, 1, 32), to, self.config.head_dim, 1)
 
     def launch(
         self,

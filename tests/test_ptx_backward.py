@@ -33,6 +33,7 @@ def test_gradients_equal_float64(name: str, kind: str, seed: int) -> None:
 
 
 WINDOW = GNA((8, 16), (5, 9))
+SHORT = KernelTiles((1, 1, 16), 2, 2, (1, 1, 32), 32)
 RINGS = {
     "a place less than groups": (Problem(WINDOW, Config(64, 32), TWO, heads=4, key_heads=4, blocks=2), (4, 3, 1, 32)),
     "one place": (Problem(WINDOW, Config(64, 32), TWO, heads=3, key_heads=3, blocks=3), (3, 1, 1, 64)),
@@ -44,6 +45,18 @@ RINGS = {
     "more rows than copies": (
         Problem(GNA(300, 40), Config(64, 32), LINE, heads=2, key_heads=2, blocks=2),
         (2, 1, 1, 256),
+    ),
+    "slices that are complete before their group": (
+        Problem(GNA(300, 24), Config(64, 32), SHORT, heads=3, key_heads=3, blocks=3),
+        (3, 1, 1, 32),
+    ),
+    "counters of several slices, and grouped heads": (
+        Problem(GNA(600, 24), Config(64, 32), SHORT, heads=4, key_heads=2, blocks=2),
+        (2, 1, 1, 32),
+    ),
+    "dilation, whose items meet slices far apart": (
+        Problem(GNA(300, 24, 1, 3), Config(64, 32), SHORT, heads=3, key_heads=3, blocks=2),
+        (3, 1, 1, 32),
     ),
     "room for all, and one that rounds": (
         Problem(GNA((8, 16), (5, 9), text_first=5), Config(64, 32), TWO, heads=4, key_heads=2, blocks=2),

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
+from helpers import random_gna
 from hypothesis import given
 from hypothesis import strategies as st
+from test_tables import random_tiles
 
-from gna_flex.cuda.sums import COPY_ROWS, MOST_ROWS, SHARE, WAVES, Ring, Sums
+from gna_flex import GNA
+from gna_flex.cuda.shapes import choose
+from gna_flex.cuda.sums import COPY_ROWS, MOST_ROWS, PER_ITEM_COUNT, SHARE, SLICE_COUNTS, WAVES, Meetings, Ring, Sums
+from gna_flex.cuda.tables import BOXES, GROUP, KEY_START, Transposed, padded_dims, work_records
+from gna_flex.presets import preset
 
 SIZES = st.integers(1, 5000)
 
 
-@given(SIZES, st.integers(1, 8), SIZES, SIZES, st.integers(1, 300), st.integers(1, 200), st.booleans())
+@given(SIZES, st.integers(1, 8), SIZES, SIZES, st.integers(1, 300), st.integers(1, 200), SIZES)
 def test_nobody_waits_for_ever(
-    groups: int, heads: int, tokens: int, items: int, per_item: int, processors: int, whole: bool
+    groups: int, heads: int, tokens: int, items: int, per_item: int, processors: int, behind: int
 ) -> None:
     """Sums of every group have a place, or CTAs that free it, beside which others compute."""
-    ring = Ring.of(groups, heads, tokens, items, items * per_item, processors, whole)
+    ring = Ring.of(groups, heads, tokens, items, items * per_item, processors, lambda slice_rows: behind)
     assert ring.groups == groups
     assert 1 <= ring.places <= groups
     assert ring.places == groups or ring.rounders > 0
     assert ring.rounders * SHARE <= processors
     assert not ring.rounders or groups * items >= WAVES * processors > ring.rounders
-    assert not whole or ring.places == groups
+    assert ring.places == groups or ring.places * items >= behind
     assert ring.slice_rows % COPY_ROWS == 0
     assert 0 < ring.slice_rows <= MOST_ROWS
 
@@ -34,16 +45,68 @@ def test_rings_without_an_end_are_refused(numbers: tuple[int, int, int, int]) ->
         Ring(*numbers)
 
 
+def tokens_met(gna: GNA, record: np.ndarray, side: tuple[int, int, int]) -> list[int]:
+    """All queries in the boxes of a work item, seen or not, by plain loops."""
+    places = []
+    for axis, dim in enumerate(padded_dims(gna)):
+        start, boxes, group = (int(record[column][axis]) for column in (KEY_START, BOXES, GROUP))
+        positions = (i * dim.dilation + group for i in range(start, start + boxes * side[axis]))
+        places.append([x for x in positions if x < dim.length])
+    _, height, width = (dim.length for dim in padded_dims(gna))
+    return [(t * height + h) * width + w for t, h, w in product(*places)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_meetings_hold_every_slice_that_an_item_adds_to(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(20):
+        gna, tiles, rows = Transposed.of(random_gna(rng, text=(0,))), random_tiles(rng), rng.choice([32, 64, 96])
+        tiles = replace(tiles, kv_rest=None)  # which a backward never has
+        meetings = Meetings.of(gna, tiles, rows)
+        slices = -(-gna.tokens // rows)
+        assert len(meetings.of_slice) == slices
+        assert meetings.per_count * SLICE_COUNTS >= slices > (meetings.per_count - 1) * SLICE_COUNTS
+        for item, record in enumerate(work_records(gna, tiles)):
+            count = item // PER_ITEM_COUNT
+            first, last = meetings.of_count[count]
+            for met in {token // rows for token in tokens_met(gna, record, tiles.kv_tile)}:
+                assert first <= met // meetings.per_count <= last
+                assert meetings.of_slice[met, 0] <= count <= meetings.of_slice[met, 1]
+
+
+def test_items_in_order_of_the_sequence_need_one_place() -> None:
+    """In 2-D, tiles side by side meet rows of the whole grid: sums are complete once all items of a head are."""
+    places = {}
+    for name in ("lm-32k-strided", "lm-32k", "flux-4k"):
+        gna = Transposed.of(preset(name).gna)
+        tiles = choose((gna,), 64, 2)
+        items = len(work_records(gna, tiles))
+        places[name] = -(-Meetings.of(gna, tiles, MOST_ROWS).behind(items, 132) // items)
+    assert places == {"lm-32k-strided": 1, "lm-32k": 1, "flux-4k": 3}
+
+
+def test_a_place_is_free_later_the_more_items_are_computed_at_a_time() -> None:
+    gna = Transposed.of(GNA(32768, 2048))
+    meetings = Meetings.of(gna, choose((gna,), 64, 2), 256)
+    behind = [meetings.behind(256, processors) for processors in (1, 64, 132)]
+    assert behind == sorted(behind)
+    assert behind[0] > 2048 // 128, "all items that add to a slice come first"
+    assert Meetings.all(32768, 256, 256).behind(256, 132) > 2 * 256, "rounding all at the end takes as long as a group"
+
+
 def test_sums_are_zeros_for_the_places_only() -> None:
     """Four of six groups of two heads each; counters are another part of the same memory."""
     to = torch.empty(2, 6, 70, 120, dtype=torch.bfloat16)
-    sums = Sums.zeros(Ring(6, 4, 1, 32), to, 128)
+    sums = Sums.zeros(Ring(6, 4, 1, 32), to, 128, items=20)
     assert sums.sums.shape == (1, 8, 70, 128)
     assert sums.sums.is_contiguous()
     assert sums.counters.dtype == torch.int32
-    assert len(sums.counters) == 1 + 2 * 6
+    assert len(sums.counters) == 1 + 6 * (3 + SLICE_COUNTS)
     sums.counters.fill_(-1)
     assert not sums.sums.any()
-    params = sums.params
+    meetings = Meetings.all(70, 32, 20)
+    params = sums.params(*map(torch.from_numpy, meetings[:2]))
     assert (params.places, params.groups, params.slices, params.slice_rows) == (4, 6, 3, 32)
+    assert (params.item_counts, params.slice_counts) == (3, SLICE_COUNTS)
+    assert (params.per_item_count, params.per_slice_count) == (PER_ITEM_COUNT, meetings.per_count)
     assert tuple(params.strides) == to.stride()[:3]

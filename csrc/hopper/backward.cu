@@ -107,7 +107,9 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         const Queries queries = describe<kRowsAreKeys>(W, P, w, box_keys);
         const int lengths = W.lengths;
 #if FUSED
-        W.dq_column = first_column(P.dq, 0, queries.item.group), W.dq_place = W.head % P.sums.places * P.queries_per_key_head * P.dq.head_place;
+        W.dq_column = first_column(P.dq, 0, queries.item.group);
+        W.dq_count = (int)(&queries.item - P.items) % P.items_per_head / P.sums.per_item_count;
+        await_place(P, W.head, W.dq_count);
 #endif
         barrier_arrive(r_full + 8 * R.index);
 
@@ -178,23 +180,23 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 #if FUSED
     if (warp == 3 && lane == 0) {  // sums of queries' gradients
       u32 phase = 0;
-      int left = 0;
+      int left = 0, place = 0;
       walk([&](const Work& W, const KeyWalk& at, int h, const Stage&) {
         if (left == 0) {
           left = W.boxes * inner_heads(P);
-          await_place(P, W.head);
+          place = W.head % P.sums.places * P.queries_per_key_head;
         }
         const int column = at.is_text() ? 0 : W.dq_column;
         for (int half = kConsumers - 1; half >= 0; half--) {  // consumer 0 comes later
           barrier_wait(dq_full + 8 * half, phase);
           for (int i = half * kHeadDim / 64; i < (half + 1) * kHeadDim / 64; i++)
             tensor_add(&maps.dq[at.set], base + kQueryGrads + i * kKeys * 128, column + 32 * i, at.c2, at.c1, at.c0,
-                       W.dq_place + h * P.dq.head_place);
+                       (place + h) * P.dq.head_place);
           stores_begin(), stores_read();
           barrier_arrive(dq_empty + 8 * half);
         }
         phase ^= 1;
-        if (--left == 0) count_up(items_done(P.sums, W.head));
+        if (--left == 0) count_up(items_done(P.sums, W.head) + W.dq_count);
       });
     }
 #endif

@@ -1,9 +1,9 @@
 // Sums of the queries' gradients in float32, of a fused backward: who adds to them when, and their rounding to 16 bits.
 //
-// A group is the heads of queries that share a head of keys. Items come group by group; once all items of one have added
-// their share, its sums are rounded, a slice of a head's rows at a time, and zeros take their place. So a ring with room for
-// a few groups is enough, most of which stays in the L2 cache. Consumers round who have no item left, or never had one:
-// while others multiply, which leaves memory idle. All accesses to sums are copies; counters order them.
+// A group is the heads of queries that share a head of keys. Items come group by group; once all that meet a slice of a head's
+// rows have added their share, it is rounded, and zeros take its place, to which items of a later group add. So a ring with
+// room for a few groups, or for one, is enough, most of which stays in the L2 cache. Consumers round who have no item left, or
+// never had one: while others multiply, which leaves memory idle. All accesses to sums are copies; counters order them.
 #pragma once
 #include "hopper/products.cuh"
 
@@ -11,14 +11,23 @@ constexpr int kRoundRows = 32, kRoundStages = 6;  // rows of a copy, copies unde
 constexpr u32 kRoundBytes = kRoundRows * kHeadDim * sizeof(float), kRoundZeros = kConsumers * kRoundStages * kRoundBytes,
               kRoundShared = kRoundZeros + kRoundBytes;
 
-__device__ __forceinline__ int* items_done(const Sums& S, int group) { return S.counters + 1 + 2 * group; }
-__device__ __forceinline__ int* slices_rounded(const Sums& S, int group) { return S.counters + 2 + 2 * group; }
+__device__ __forceinline__ int* items_done(const Sums& S, int group) { return S.counters + 1 + group * (S.item_counts + S.slice_counts); }
+__device__ __forceinline__ int* slices_rounded(const Sums& S, int group) { return items_done(S, group) + S.item_counts; }
 
-// Before the first addition of an item: the group that had the place before must be rounded.
-__device__ __forceinline__ void await_place(const BackwardParams& P, int group) {
-  if (group < P.sums.places) return;
-  wait_for(slices_rounded(P.sums, group - P.sums.places), P.sums.slices * P.queries_per_key_head);
+// One of kLanes threads that wait for counters, from the first to the last of a range. Of `total` items or slices, `each`
+// share a counter, and are counted `times` times.
+template <int kLanes>
+__device__ __forceinline__ void await_range(const int* counters, int2 range, int total, int each, int times) {
+  for (int i = range.x + threadIdx.x % kLanes; i <= range.y; i += kLanes) wait_for(counters + i, min(total - i * each, each) * times);
+  if (kLanes > 1) __syncwarp();
   fence_all();
+}
+
+// Before an item: what it adds to must be rounded, of the group that had the place before.
+__device__ __forceinline__ void await_place(const BackwardParams& P, int group, int count) {
+  const Sums& S = P.sums;
+  if (group >= S.places)
+    await_range<1>(slices_rounded(S, group - S.places), S.of_count[count], S.slices, S.per_slice_count, P.queries_per_key_head);
 }
 
 // Counts one more, once all stores and additions of this thread are done.
@@ -48,19 +57,13 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
 
   Stage F{0, 0};
   for (;;) {
-    const int per_group = S.slices * P.queries_per_key_head;
-    if (thread == 0) {
-      const int next = atomicAdd(S.counters, 1), group = next / per_group;
-      if (group < S.groups) {
-        wait_for(items_done(S, group), P.items_per_head);
-        fence_all();
-      }
-      *taken = next;
-    }
+    if (thread == 0) *taken = atomicAdd(S.counters, 1);
     named_barrier(1 + consumer, 128);
-    const int group = *taken / per_group, of_group = *taken % per_group / S.slices;
+    const int of_group = *taken % P.queries_per_key_head, slice = *taken / P.queries_per_key_head % S.slices;
+    const int group = *taken / P.queries_per_key_head / S.slices;
     if (group >= S.groups) break;
-    const int first = *taken % S.slices * S.slice_rows, rows = min(P.tokens - first, S.slice_rows);
+    if (thread < 32) await_range<32>(items_done(S, group), S.of_slice[slice], P.items_per_head, S.per_item_count, 1);
+    const int first = slice * S.slice_rows, rows = min(P.tokens - first, S.slice_rows);
     const int batch = group / P.heads, head = group % P.heads * P.queries_per_key_head + of_group;
     const bool again = group + S.places < S.groups;  // whether another group gets the place
     float4* const sums = S.ring + ((long long)(group % S.places * P.queries_per_key_head + of_group) * P.tokens + first) * kPieces;
@@ -94,6 +97,6 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
         if (at < rows && column < P.head_dim) *(uint2*)(to + at * S.strides[2]) = odd ? make_uint2(other, high) : make_uint2(low, other);
       }
     }
-    if (thread == 0) count_up(slices_rounded(S, group));
+    if (thread == 0) count_up(slices_rounded(S, group) + slice / S.per_slice_count);
   }
 }

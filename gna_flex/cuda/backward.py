@@ -34,8 +34,9 @@ from gna_flex.cuda.forward import (
 )
 from gna_flex.cuda.kernel import Config, multiply_shared
 from gna_flex.cuda.shapes import choose
-from gna_flex.cuda.sums import ROUND_STAGES, Ring, Sums, SumsParams
+from gna_flex.cuda.sums import ROUND_STAGES, Meetings, Ring, Sums, SumsParams
 from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed, count
+from gna_flex.kernels import lasting
 from gna_flex.neighborhood import GNA
 from gna_flex.torch_private import current_stream
 
@@ -131,6 +132,7 @@ class Pass(Plan):
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self._known = KnownCalls()
+        self._meetings: dict[int, tuple[Meetings, list[Tensor]]] = {}
 
     def _parameters(self, map_sets: int) -> type[Any]:
         return backward_parameters(map_sets)
@@ -176,9 +178,32 @@ class Pass(Plan):
 
     def ring(self, query: Tensor, key: Tensor) -> Ring:
         """How a fused pass keeps the sums of a query's gradients."""
-        (batch, heads, tokens, _), key_heads = query.shape, key.shape[1]
-        items, whole = self.params.items_per_head, any(self.text)
-        return Ring.of(batch * key_heads, heads // key_heads, tokens, items, self.boxes, self.processors, whole)
+        (batch, heads, tokens, _), groups = query.shape, key.shape[0] * key.shape[1]
+        processors = self.processors
+        items: int = self.params.items_per_head
+
+        def behind(slice_rows: int) -> int:
+            if any(self.text):  # items of text come first, of all groups
+                return groups * items
+            return self.meetings(slice_rows)[0].behind(items, processors)
+
+        return Ring.of(groups, batch * heads // groups, tokens, items, self.boxes, processors, behind)
+
+    def sums(self, query: Tensor, key: Tensor, to: Tensor) -> Sums:
+        """Sums for a fused pass, which become the gradients ``to`` of a query."""
+        return Sums.zeros(self.ring(query, key), to, self.config.head_dim, self.params.items_per_head)
+
+    def meetings(self, slice_rows: int) -> tuple[Meetings, list[Tensor]]:
+        """Which items add to which slices of a fused pass's sums; made once, and on the device, too."""
+        known = self._meetings.get(slice_rows)
+        if known is None:
+            if any(self.text) or len(set(self.request.gnas)) > 1:
+                tables = Meetings.all(self.gna.tokens, slice_rows, self.params.items_per_head)
+            else:
+                tables = Meetings.of(self.gna, self.tiles, slice_rows)
+            on_device = lasting(lambda: [torch.from_numpy(table).to(self.items.device) for table in tables[:2]])
+            known = self._meetings[slice_rows] = tables, on_device
+        return known
 
     def pass_arguments(
         self,
@@ -208,7 +233,7 @@ class Pass(Plan):
         params.result_strides, params.head_dim = (ctypes.c_longlong * 3)(*results[0].stride()[:3]), outer.shape[-1]
         if sums is not None:
             params.dq = self._encode(maps, len(OPERANDS) * sets, sums.sums, is_keys=True)
-            params.sums = sums.params
+            params.sums = sums.params(*self.meetings(sums.ring.slice_rows)[1])
         params.text_valid = text_valid.data_ptr() if text_valid is not None else None
         params.scale, params.scale_log2 = scale, (scale if scale else SMALLEST_SCALE) * LOG2_E
         params.total = small("work items", params.items_per_head * outer.shape[0] * outer.shape[1])
@@ -274,7 +299,7 @@ def backward(
     sums = None
     if fused:
         try:
-            sums = Sums.zeros(of_keys.ring(q, k), dq, of_keys.config.head_dim)
+            sums = of_keys.sums(q, k, dq)
         except torch.OutOfMemoryError as error:
             log.info("the backward takes two passes, which need less memory than a fused one: %s", error)
             of_keys = pass_for(request, rows_are_keys=True)

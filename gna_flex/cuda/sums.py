@@ -1,20 +1,26 @@
 """Sums of the queries' gradients, which a fused backward adds up in float32: how many are kept, and who rounds them.
 
-A group is the heads of queries that share a head of keys. Work items come group by group, so sums of a group are
-complete once its last items are. CTAs that do nothing else round them while others multiply, and leave zeros for a
-later group: a ring of a few groups is enough, and most of it stays in the L2 cache. ``csrc/hopper/sums.cuh`` has the
-other half of this.
+A group is the heads of queries that share a head of keys. Work items come group by group; where neighbors along the
+sequence come one after the other, sums of a slice of it are complete long before those of the group are. CTAs that do
+nothing else round them while others multiply, and leave zeros for a later group: a ring of a few groups, or of one, is
+enough, and most of what is in use stays in the L2 cache. ``csrc/hopper/sums.cuh`` has the other half of this.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gna_flex.intervals import ceil_div
+from gna_flex.cuda.tables import BOXES, GROUP, KEY_START, KernelTiles, padded_dims, work_records
+from gna_flex.intervals import ceil_div, group_length
+from gna_flex.neighborhood import GNA
 
 ROWS_PER_BOX = 128
 """Rows that one CTA rounds while another one meets a box of queries (measured on an H100)."""
@@ -22,8 +28,11 @@ WAVES, SHARE = 16, 8
 """Some CTAs only round where each has so many items at least, and where they are not more than that part of all."""
 ROUND_STAGES = 6
 """Copies of sums that a consumer has under way; ``kRoundStages`` of the kernel."""
-COPY_ROWS, MOST_ROWS = 32, 1024
+COPY_ROWS, MOST_ROWS = 32, 256
 """Rows of a slice are a multiple of the first (those of a copy), and at most the second."""
+PER_ITEM_COUNT, SLICE_COUNTS = 8, 16
+"""Items that share a counter, which a warp waits for; and counters of a group's slices, of which there are few as one
+thread waits for them."""
 
 
 class SumsParams(ctypes.Structure):
@@ -33,8 +42,81 @@ class SumsParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ring", "to")),
         ("strides", ctypes.c_longlong * 3),
         ("counters", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("places", "groups", "slices", "slice_rows", "rounders")),
+        *((name, ctypes.c_void_p) for name in ("of_slice", "of_count")),
+        *((name, ctypes.c_int) for name in ("places", "groups", "slices", "slice_rows")),
+        *((name, ctypes.c_int) for name in ("item_counts", "slice_counts", "per_item_count", "per_slice_count")),
+        ("rounders", ctypes.c_int),
     )
+
+
+class Meetings(NamedTuple):
+    """Which work items of a group add to which slices of its queries' sums, in ranges ``[first, last]``, int32.
+
+    ``of_slice``: for each slice, the counters of items, of which :data:`PER_ITEM_COUNT` share one; ``of_count``: for
+    each of these counters, those of slices, of which ``per_count`` share one.
+    """
+
+    of_slice: np.ndarray
+    of_count: np.ndarray
+    per_count: int
+
+    @classmethod
+    def all(cls, tokens: int, slice_rows: int, items: int) -> Meetings:
+        """Every item adds to every slice.
+
+        >>> meetings = Meetings.all(100, 64, 17)
+        >>> meetings.of_slice.tolist(), meetings.of_count.tolist()
+        ([[0, 2], [0, 2]], [[0, 1], [0, 1], [0, 1]])
+        """
+        slices, counts = ceil_div(tokens, slice_rows), ceil_div(items, PER_ITEM_COUNT)
+        return cls._of(np.array([[0, slices - 1]] * counts), slices)
+
+    @classmethod
+    def of(cls, gna: GNA, tiles: KernelTiles, slice_rows: int) -> Meetings:
+        """Of the items of a pass whose rows are keys, all of which are of the grid.
+
+        >>> from gna_flex.cuda.tables import Transposed
+        >>> gna, tiles = Transposed.of(GNA(4096, 512, 256)), KernelTiles((1, 1, 64), 2, 2, (1, 1, 64), 64)
+        >>> Meetings.of(gna, tiles, 1024).of_count.tolist()
+        [[0, 1], [0, 2], [1, 3], [2, 3]]
+        """
+        records = work_records(gna, tiles)
+        first, last = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
+        for axis, dim in enumerate(padded_dims(gna)):
+            start, boxes, group = (records[:, place.start + axis] for place in (KEY_START, BOXES, GROUP))
+            end = np.minimum(start + boxes * tiles.kv_tile[axis], group_length(dim.length, dim.dilation, group))
+            for token, place in ((first, np.maximum(start, 0)), (last, end - 1)):
+                token *= dim.length
+                token += place * dim.dilation + group
+        starts = np.arange(0, len(records), PER_ITEM_COUNT)
+        rows = np.stack([np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)], 1)
+        return cls._of(rows // slice_rows, ceil_div(gna.tokens, slice_rows))
+
+    @classmethod
+    def _of(cls, of_count: np.ndarray, slices: int) -> Meetings:
+        """Given the slices that the items of each counter add to."""
+        of_slice = np.zeros((slices, 2), np.int32)
+        for count, (first, last) in enumerate(of_count):
+            of_slice[first : last + 1, 1] = count
+        for count, (first, last) in reversed(list(enumerate(of_count))):
+            of_slice[first : last + 1, 0] = count
+        per_count = ceil_div(slices, SLICE_COUNTS)
+        return cls(of_slice, (of_count // per_count).astype(np.int32), per_count)
+
+    def behind(self, items: int, processors: int) -> int:
+        """How many items come between one and the one that may take its place, while ``processors`` compute one each.
+
+        Slices are rounded one after the other, as quickly as items need it.
+
+        >>> Meetings.all(32768, 1024, 256).behind(256, 132), Meetings.all(32768, 1024, 8).behind(8, 132)
+        (644, 148)
+        """
+        slices = np.arange(len(self.of_slice))
+        pace = items / len(slices)
+        complete = (self.of_slice[:, 1] + 1) * PER_ITEM_COUNT + processors
+        rounded = np.maximum.accumulate(complete - pace * slices) + pace * (slices + 1)
+        last = np.minimum((self.of_count[:, 1] + 1) * self.per_count, len(slices)) - 1
+        return math.ceil(float((rounded[last] - np.arange(len(last)) * PER_ITEM_COUNT).max()))
 
 
 @dataclass(frozen=True)
@@ -61,14 +143,16 @@ class Ring:
             raise ValueError(f"{self}: sums of all groups need places, or CTAs that round")
 
     @classmethod
-    def of(cls, groups: int, heads: int, tokens: int, items: int, boxes: int, processors: int, whole: bool) -> Ring:
+    def of(
+        cls, groups: int, heads: int, tokens: int, items: int, boxes: int, processors: int, behind: Callable[[int], int]
+    ) -> Ring:
         """For ``groups`` of ``heads`` of ``tokens`` queries, whose ``items`` visit ``boxes`` of each head in total.
 
-        ``whole``: items do not come group by group, so there must be room for all.
+        ``behind(slice_rows)``: how many items may come between one and the one that takes its place.
 
-        >>> Ring.of(groups=32, heads=1, tokens=32768, items=256, boxes=8192, processors=132, whole=False)
-        Ring(groups=32, places=4, rounders=5, slice_rows=1024)
-        >>> Ring.of(groups=4, heads=2, tokens=1000, items=16, boxes=200, processors=132, whole=False)
+        >>> Ring.of(32, heads=1, tokens=32768, items=256, boxes=8192, processors=132, behind=lambda slice_rows: 250)
+        Ring(groups=32, places=1, rounders=5, slice_rows=256)
+        >>> Ring.of(4, heads=2, tokens=1000, items=16, boxes=200, processors=132, behind=lambda slice_rows: 250)
         Ring(groups=4, places=4, rounders=0, slice_rows=32)
         """
         share = ceil_div(groups * heads * tokens, 4 * processors)  # a few slices for each consumer
@@ -76,7 +160,7 @@ class Ring:
         rounders = ceil_div(processors * tokens, ROWS_PER_BOX * boxes)
         if groups * items < WAVES * processors or rounders * SHARE > processors:
             return cls(groups, groups, 0, slice_rows)
-        return cls(groups, groups if whole else min(groups, 3 + ceil_div(processors, items)), rounders, slice_rows)
+        return cls(groups, min(groups, ceil_div(behind(slice_rows), items)), rounders, slice_rows)
 
 
 @dataclass(frozen=True)
@@ -86,7 +170,8 @@ class Sums:
     Attributes:
         ring: how they are kept.
         sums: float32 ``[1, places * heads of a group, S, D']``, with columns as the kernel has them.
-        counters: int32, of slices that are taken, and two for each group.
+        counters: int32, of slices that are taken; and of each group, of items that are done, then of
+            slices that are rounded.
         to: the queries' gradients ``[B, H, S, D]``, ``D <= D'``.
     """
 
@@ -96,18 +181,21 @@ class Sums:
     to: Tensor
 
     @classmethod
-    def zeros(cls, ring: Ring, to: Tensor, columns: int) -> Sums:
-        """Sums of ``columns`` columns that become the gradients ``to``."""
+    def zeros(cls, ring: Ring, to: Tensor, columns: int, items: int) -> Sums:
+        """Sums of ``columns`` columns that become the gradients ``to``, of groups of ``items``."""
         batch, heads, tokens, _ = to.shape
+        counters = 1 + ring.groups * (ceil_div(items, PER_ITEM_COUNT) + SLICE_COUNTS)
         shape = (1, ring.places * (batch * heads // ring.groups), tokens, columns)
         size = shape[1] * tokens * columns
-        memory = torch.zeros(size + 1 + 2 * ring.groups, dtype=torch.float32, device=to.device)
+        memory = torch.zeros(size + counters, dtype=torch.float32, device=to.device)
         return cls(ring, memory[:size].view(shape), memory[size:].view(torch.int32), to)
 
-    @property
-    def params(self) -> SumsParams:
-        """What the kernel is told."""
-        ring, tokens = self.ring, self.to.shape[2]
+    def params(self, of_slice: Tensor, of_count: Tensor) -> SumsParams:
+        """What the kernel is told; the tables of :class:`Meetings` are on its device."""
+        ring = self.ring
         pointers, strides = (self.sums.data_ptr(), self.to.data_ptr()), (ctypes.c_longlong * 3)(*self.to.stride()[:3])
-        counts = (ring.places, ring.groups, ceil_div(tokens, ring.slice_rows), ring.slice_rows, ring.rounders)
-        return SumsParams(*pointers, strides, self.counters.data_ptr(), *counts)
+        slices = len(of_slice)
+        counts = (len(of_count), SLICE_COUNTS, PER_ITEM_COUNT, ceil_div(slices, SLICE_COUNTS))
+        numbers = (ring.places, ring.groups, slices, ring.slice_rows, *counts, ring.rounders)
+        counters = (x.data_ptr() for x in (self.counters, of_slice, of_count))
+        return SumsParams(*pointers, strides, *counters, *numbers)

@@ -56,8 +56,10 @@ def run(
     sums = None
     if plan.config.fused:
         of_queries = torch.full_like(tensors[2], torch.nan)
-        sums = Sums.zeros(ring or plan.ring(of_queries, rows), of_queries, plan.config.head_dim)
-        arrays |= {"sums": sums.sums, "of queries": of_queries}
+        ring = ring or plan.ring(of_queries, rows)
+        sums = Sums.zeros(ring, of_queries, plan.config.head_dim, plan.params.items_per_head)
+        meetings = zip(("of slices", "of counts"), plan.meetings(ring.slice_rows)[1], strict=True)
+        arrays |= {"sums": sums.sums, "of queries": of_queries, **dict(meetings)}
     launch(
         plan,
         lambda counters: plan.pass_arguments(tensors, results, statistics, counters, scale, text_valid, sums),
