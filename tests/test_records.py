@@ -103,6 +103,19 @@ def test_the_kernels_readme_quotes_its_limits():
         assert f"| {case['case']} | " + " | ".join(f"{case[name]:.0f}" for name in names) + " |" in text.splitlines()
 
 
+def test_the_kernels_readme_quotes_the_backward_on_another_gpu():
+    record, text = load(FOLDER / "backward_h200.json"), " ".join((ROOT / "csrc/README.md").read_text().split())
+    names = {"lm-32k-strided": "1-D", "flux-4k": "FLUX", "cosmos": "Cosmos", "hunyuan-video": "HunyuanVideo"}
+    shares: dict[str, list[str]] = {"hopper": [], "hopper-deterministic": []}
+    for case in record["cases"]:
+        times = case["milliseconds"]
+        for way, found in shares.items():
+            found.append(f"{times[way] * case['flop_speedup'] / times['dense']:.2f}")
+    cases = [f"{names[case['preset']]} {share}" for case, share in zip(record["cases"], shares["hopper"], strict=True)]
+    assert f"commit {record['commit'][:7]}): {', '.join(cases)} fused" in text
+    assert f"fused; {', '.join(shares['hopper-deterministic'])} deterministic" in text
+
+
 def test_readme_quotes_the_backward():
     record = load(ROOT / "tests/gpu/records/backward_h100.json")
     expected = {}

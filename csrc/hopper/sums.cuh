@@ -2,8 +2,8 @@
 //
 // A group is the heads of queries that share a head of keys. Items come group by group; once all that meet a slice of a head's
 // rows have added their share, it is rounded, and zeros take its place, to which items of a later group add. So a ring with
-// room for a few groups, or for one, is enough, most of which stays in the L2 cache. Consumers round who have no item left, or
-// never had one: while others multiply, which leaves memory idle. All accesses to sums are copies; counters order them.
+// room for a few groups is enough, most of which stays in the L2 cache. Consumers round who have no item left, or never had one:
+// while others multiply, which leaves memory idle. All accesses to sums are copies; counters order them.
 #pragma once
 #include "hopper/products.cuh"
 

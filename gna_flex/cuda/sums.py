@@ -2,8 +2,8 @@
 
 A group is the heads of queries that share a head of keys. Work items come group by group; where neighbors along the
 sequence come one after the other, sums of a slice of it are complete long before those of the group are. CTAs that do
-nothing else round them while others multiply, and leave zeros for a later group: a ring of a few groups, or of one, is
-enough, and most of what is in use stays in the L2 cache. ``csrc/hopper/sums.cuh`` has the other half of this.
+nothing else round them while others multiply, and leave zeros for a later group: a ring of a few groups is enough, and
+most of what is in use stays in the L2 cache. ``csrc/hopper/sums.cuh`` has the other half of this.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAVES, SHARE = 16, 8
 """Some CTAs only round where each has so many items at least, and where they are not more than that part of all."""
 ROUND_STAGES = 6
 """Copies of sums that a consumer has under way; ``kRoundStages`` of the kernel."""
-COPY_ROWS, MOST_ROWS = 32, 256
+COPY_ROWS, MOST_ROWS = 32, 1024
 """Rows of a slice are a multiple of the first (those of a copy), and at most the second."""
 PER_ITEM_COUNT, SLICE_COUNTS = 8, 16
 """Items that share a counter, which a warp waits for; and counters of a group's slices, of which there are few as one
@@ -104,16 +104,17 @@ class Meetings(NamedTuple):
         return cls(of_slice, (of_count // per_count).astype(np.int32), per_count)
 
     def behind(self, items: int, processors: int) -> int:
-        """How many items come between one and the one that may take its place, while ``processors`` compute one each.
+        """How many items come between one and the one that may take its place, if that is to wait for nobody.
 
-        Slices are rounded one after the other, as quickly as items need it.
+        Each of ``processors`` computes an item, and has fetched another one, for which it needs the place. Slices are
+        rounded one after the other, as quickly as items need it.
 
         >>> Meetings.all(32768, 1024, 256).behind(256, 132), Meetings.all(32768, 1024, 8).behind(8, 132)
-        (644, 148)
+        (776, 280)
         """
         slices = np.arange(len(self.of_slice))
         pace = items / len(slices)
-        complete = (self.of_slice[:, 1] + 1) * PER_ITEM_COUNT + processors
+        complete = (self.of_slice[:, 1] + 1) * PER_ITEM_COUNT + 2 * processors
         rounded = np.maximum.accumulate(complete - pace * slices) + pace * (slices + 1)
         last = np.minimum((self.of_count[:, 1] + 1) * self.per_count, len(slices)) - 1
         return math.ceil(float((rounded[last] - np.arange(len(last)) * PER_ITEM_COUNT).max()))
@@ -148,11 +149,11 @@ class Ring:
     ) -> Ring:
         """For ``groups`` of ``heads`` of ``tokens`` queries, whose ``items`` visit ``boxes`` of each head in total.
 
-        ``behind(slice_rows)``: how many items may come between one and the one that takes its place.
+        ``behind(slice_rows)``: how many items must come between one and the one that takes its place.
 
-        >>> Ring.of(32, heads=1, tokens=32768, items=256, boxes=8192, processors=132, behind=lambda slice_rows: 250)
-        Ring(groups=32, places=1, rounders=5, slice_rows=256)
-        >>> Ring.of(4, heads=2, tokens=1000, items=16, boxes=200, processors=132, behind=lambda slice_rows: 250)
+        >>> Ring.of(32, heads=1, tokens=32768, items=256, boxes=8192, processors=132, behind=lambda slice_rows: 304)
+        Ring(groups=32, places=2, rounders=5, slice_rows=1024)
+        >>> Ring.of(4, heads=2, tokens=1000, items=16, boxes=200, processors=132, behind=lambda slice_rows: 304)
         Ring(groups=4, places=4, rounders=0, slice_rows=32)
         """
         share = ceil_div(groups * heads * tokens, 4 * processors)  # a few slices for each consumer
