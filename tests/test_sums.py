@@ -16,7 +16,18 @@ from test_tables import random_tiles
 
 from gna_flex import GNA
 from gna_flex.cuda.shapes import choose
-from gna_flex.cuda.sums import COPY_ROWS, MOST_ROWS, PER_ITEM_COUNT, SHARE, SLICE_COUNTS, WAVES, Meetings, Ring, Sums
+from gna_flex.cuda.sums import (
+    COPY_ROWS,
+    ITEMS_PER_COUNTER,
+    MOST_ROWS,
+    SHARE,
+    SLICE_COUNTERS,
+    WAVES,
+    Meetings,
+    Ring,
+    Sums,
+    slices_per_counter,
+)
 from gna_flex.cuda.tables import BOXES, GROUP, KEY_START, Transposed, padded_dims, work_records
 from gna_flex.presets import preset
 
@@ -65,13 +76,14 @@ def test_meetings_hold_every_slice_that_an_item_adds_to(seed: int) -> None:
         meetings = Meetings.of(gna, tiles, rows)
         slices = -(-gna.tokens // rows)
         assert len(meetings.of_slice) == slices
-        assert meetings.per_count * SLICE_COUNTS >= slices > (meetings.per_count - 1) * SLICE_COUNTS
+        share = slices_per_counter(slices)
+        assert share * SLICE_COUNTERS >= slices > (share - 1) * SLICE_COUNTERS
         for item, record in enumerate(work_records(gna, tiles)):
-            count = item // PER_ITEM_COUNT
-            first, last = meetings.of_count[count]
+            counter = item // ITEMS_PER_COUNTER
+            first, last = meetings.of_counter[counter]
             for met in {token // rows for token in tokens_met(gna, record, tiles.kv_tile)}:
-                assert first <= met // meetings.per_count <= last
-                assert meetings.of_slice[met, 0] <= count <= meetings.of_slice[met, 1]
+                assert first <= met // share <= last
+                assert meetings.of_slice[met, 0] <= counter <= meetings.of_slice[met, 1]
 
 
 def test_items_in_the_order_of_the_sequence_need_fewer_places() -> None:
@@ -101,12 +113,11 @@ def test_sums_are_zeros_for_the_places_only() -> None:
     assert sums.sums.shape == (1, 8, 70, 128)
     assert sums.sums.is_contiguous()
     assert sums.counters.dtype == torch.int32
-    assert len(sums.counters) == 1 + 6 * (3 + SLICE_COUNTS)
+    assert len(sums.counters) == 1 + 6 * (3 + SLICE_COUNTERS)
     sums.counters.fill_(-1)
     assert not sums.sums.any()
-    meetings = Meetings.all(70, 32, 20)
-    params = sums.params(*map(torch.from_numpy, meetings[:2]))
+    params = sums.params(*map(torch.from_numpy, Meetings.all(70, 32, 20)))
     assert (params.places, params.groups, params.slices, params.slice_rows) == (4, 6, 3, 32)
-    assert (params.item_counts, params.slice_counts) == (3, SLICE_COUNTS)
-    assert (params.per_item_count, params.per_slice_count) == (PER_ITEM_COUNT, meetings.per_count)
+    assert (params.item_counters, params.slice_counters) == (3, SLICE_COUNTERS)
+    assert (params.items_per_counter, params.slices_per_counter) == (ITEMS_PER_COUNTER, 1)
     assert tuple(params.strides) == to.stride()[:3]

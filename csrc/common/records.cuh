@@ -55,7 +55,7 @@ struct alignas(16) Work {
   KeyGrid grids[KEY_SHAPES];
   int text[2];                 // text tokens that count
   int key_head, k_column, v_column, k_place, v_place;
-  int dq_column, dq_count;     // in a fused backward: where sums of the queries' gradients start, which counter counts the item
+  int dq_column, dq_counter;   // in a fused backward: where sums of the queries' gradients start, who counts that it is done
 };
 
 // What hides keys of a box: windows in the dimensions whose bits (1, 2, 4) are set, or a count. kProductMask: windows, and
@@ -115,10 +115,10 @@ struct Sums {
   long long strides[3];  // elements from one batch entry, head, token of `to` to the next
   int* counters;         // of slices that are taken; for each group: of items that are done, then of slices that are rounded
   const int2* of_slice;  // the first and the last counter of items that add to a slice
-  const int2* of_count;  // the first and the last counter of slices to which the items of a counter add
-  int places, groups, slices, slice_rows;                          // slices of a head
-  int item_counts, slice_counts, per_item_count, per_slice_count;  // counters of a group; items, slices of a head that share one
-  int rounders;                                                    // CTAs that do nothing else
+  const int2* of_counter;  // the first and the last counter of slices to which the items of a counter add
+  int places, groups, slices, slice_rows;                                    // slices of a head
+  int item_counters, slice_counters, items_per_counter, slices_per_counter;  // of a group; how many share one
+  int rounders;                                                              // CTAs that do nothing else
 };
 
 // The passes of backward. "Queries" of Params and of items are rows, "keys" what streams by: where rows are keys, the

@@ -108,8 +108,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
         const int lengths = W.lengths;
 #if FUSED
         W.dq_column = first_column(P.dq, 0, queries.item.group);
-        W.dq_count = (int)(&queries.item - P.items) % P.items_per_head / P.sums.per_item_count;
-        await_place(P, W.head, W.dq_count);
+        W.dq_counter = (int)(&queries.item - P.items) % P.items_per_head / P.sums.items_per_counter;
+        await_place(P, W.head, W.dq_counter);
 #endif
         barrier_arrive(r_full + 8 * R.index);
 
@@ -196,7 +196,7 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
           barrier_arrive(dq_empty + 8 * half);
         }
         phase ^= 1;
-        if (--left == 0) count_up(items_done(P.sums, W.head) + W.dq_count);
+        if (--left == 0) count_up(items_done(P.sums, W.head) + W.dq_counter);
       });
     }
 #endif

@@ -11,8 +11,8 @@ constexpr int kRoundRows = 32, kRoundStages = 6;  // rows of a copy, copies unde
 constexpr u32 kRoundBytes = kRoundRows * kHeadDim * sizeof(float), kRoundZeros = kConsumers * kRoundStages * kRoundBytes,
               kRoundShared = kRoundZeros + kRoundBytes;
 
-__device__ __forceinline__ int* items_done(const Sums& S, int group) { return S.counters + 1 + group * (S.item_counts + S.slice_counts); }
-__device__ __forceinline__ int* slices_rounded(const Sums& S, int group) { return items_done(S, group) + S.item_counts; }
+__device__ __forceinline__ int* items_done(const Sums& S, int group) { return S.counters + 1 + group * (S.item_counters + S.slice_counters); }
+__device__ __forceinline__ int* slices_rounded(const Sums& S, int group) { return items_done(S, group) + S.item_counters; }
 
 // One of kLanes threads that wait for counters, from the first to the last of a range. Of `total` items or slices, `each`
 // share a counter, and are counted `times` times.
@@ -24,10 +24,10 @@ __device__ __forceinline__ void await_range(const int* counters, int2 range, int
 }
 
 // Before an item: what it adds to must be rounded, of the group that had the place before.
-__device__ __forceinline__ void await_place(const BackwardParams& P, int group, int count) {
+__device__ __forceinline__ void await_place(const BackwardParams& P, int group, int counter) {
   const Sums& S = P.sums;
   if (group >= S.places)
-    await_range<1>(slices_rounded(S, group - S.places), S.of_count[count], S.slices, S.per_slice_count, P.queries_per_key_head);
+    await_range<1>(slices_rounded(S, group - S.places), S.of_counter[counter], S.slices, S.slices_per_counter, P.queries_per_key_head);
 }
 
 // Counts one more, once all stores and additions of this thread are done.
@@ -62,7 +62,7 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
     const int of_group = *taken % P.queries_per_key_head, slice = *taken / P.queries_per_key_head % S.slices;
     const int group = *taken / P.queries_per_key_head / S.slices;
     if (group >= S.groups) break;
-    if (thread < 32) await_range<32>(items_done(S, group), S.of_slice[slice], P.items_per_head, S.per_item_count, 1);
+    if (thread < 32) await_range<32>(items_done(S, group), S.of_slice[slice], P.items_per_head, S.items_per_counter, 1);
     const int first = slice * S.slice_rows, rows = min(P.tokens - first, S.slice_rows);
     const int batch = group / P.heads, head = group % P.heads * P.queries_per_key_head + of_group;
     const bool again = group + S.places < S.groups;  // whether another group gets the place
@@ -97,6 +97,6 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
         if (at < rows && column < P.head_dim) *(uint2*)(to + at * S.strides[2]) = odd ? make_uint2(other, high) : make_uint2(low, other);
       }
     }
-    if (thread == 0) count_up(slices_rounded(S, group) + slice / S.per_slice_count);
+    if (thread == 0) count_up(slices_rounded(S, group) + slice / S.slices_per_counter);
   }
 }

@@ -201,7 +201,7 @@ class Pass(Plan):
                 tables = Meetings.all(self.gna.tokens, slice_rows, self.params.items_per_head)
             else:
                 tables = Meetings.of(self.gna, self.tiles, slice_rows)
-            on_device = lasting(lambda: [torch.from_numpy(table).to(self.items.device) for table in tables[:2]])
+            on_device = lasting(lambda: [torch.from_numpy(table).to(self.items.device) for table in tables])
             known = self._meetings[slice_rows] = tables, on_device
         return known
 

@@ -30,7 +30,7 @@ ROUND_STAGES = 6
 """Copies of sums that a consumer has under way; ``kRoundStages`` of the kernel."""
 COPY_ROWS, MOST_ROWS = 32, 1024
 """Rows of a slice are a multiple of the first (those of a copy), and at most the second."""
-PER_ITEM_COUNT, SLICE_COUNTS = 8, 16
+ITEMS_PER_COUNTER, SLICE_COUNTERS = 8, 16
 """Items that share a counter, which a warp waits for; and counters of a group's slices, of which there are few as one
 thread waits for them."""
 
@@ -42,34 +42,43 @@ class SumsParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("ring", "to")),
         ("strides", ctypes.c_longlong * 3),
         ("counters", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("of_slice", "of_count")),
+        *((name, ctypes.c_void_p) for name in ("of_slice", "of_counter")),
         *((name, ctypes.c_int) for name in ("places", "groups", "slices", "slice_rows")),
-        *((name, ctypes.c_int) for name in ("item_counts", "slice_counts", "per_item_count", "per_slice_count")),
+        *((name, ctypes.c_int) for name in ("item_counters", "slice_counters")),
+        *((name, ctypes.c_int) for name in ("items_per_counter", "slices_per_counter")),
         ("rounders", ctypes.c_int),
     )
+
+
+def slices_per_counter(slices: int) -> int:
+    """How many slices share a counter.
+
+    >>> slices_per_counter(16), slices_per_counter(17)
+    (1, 2)
+    """
+    return int(ceil_div(slices, SLICE_COUNTERS))
 
 
 class Meetings(NamedTuple):
     """Which work items of a group add to which slices of its queries' sums, in ranges ``[first, last]``, int32.
 
-    ``of_slice``: for each slice, the counters of items, of which :data:`PER_ITEM_COUNT` share one; ``of_count``: for
-    each of these counters, those of slices, of which ``per_count`` share one.
+    ``of_slice``: for each slice, the counters of items, of which :data:`ITEMS_PER_COUNTER` share one. ``of_counter``:
+    for each of these counters, those of slices, of which :func:`slices_per_counter` share one.
     """
 
     of_slice: np.ndarray
-    of_count: np.ndarray
-    per_count: int
+    of_counter: np.ndarray
 
     @classmethod
     def all(cls, tokens: int, slice_rows: int, items: int) -> Meetings:
         """Every item adds to every slice.
 
         >>> meetings = Meetings.all(100, 64, 17)
-        >>> meetings.of_slice.tolist(), meetings.of_count.tolist()
+        >>> meetings.of_slice.tolist(), meetings.of_counter.tolist()
         ([[0, 2], [0, 2]], [[0, 1], [0, 1], [0, 1]])
         """
-        slices, counts = ceil_div(tokens, slice_rows), ceil_div(items, PER_ITEM_COUNT)
-        return cls._of(np.array([[0, slices - 1]] * counts), slices)
+        slices, counters = ceil_div(tokens, slice_rows), ceil_div(items, ITEMS_PER_COUNTER)
+        return cls._of(np.array([[0, slices - 1]] * counters), slices)
 
     @classmethod
     def of(cls, gna: GNA, tiles: KernelTiles, slice_rows: int) -> Meetings:
@@ -77,7 +86,7 @@ class Meetings(NamedTuple):
 
         >>> from gna_flex.cuda.tables import Transposed
         >>> gna, tiles = Transposed.of(GNA(4096, 512, 256)), KernelTiles((1, 1, 64), 2, 2, (1, 1, 64), 64)
-        >>> Meetings.of(gna, tiles, 1024).of_count.tolist()
+        >>> Meetings.of(gna, tiles, 1024).of_counter.tolist()
         [[0, 1], [0, 2], [1, 3], [2, 3]]
         """
         records = work_records(gna, tiles)
@@ -88,20 +97,19 @@ class Meetings(NamedTuple):
             for token, place in ((first, np.maximum(start, 0)), (last, end - 1)):
                 token *= dim.length
                 token += place * dim.dilation + group
-        starts = np.arange(0, len(records), PER_ITEM_COUNT)
+        starts = np.arange(0, len(records), ITEMS_PER_COUNTER)
         rows = np.stack([np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)], 1)
         return cls._of(rows // slice_rows, ceil_div(gna.tokens, slice_rows))
 
     @classmethod
-    def _of(cls, of_count: np.ndarray, slices: int) -> Meetings:
+    def _of(cls, of_counter: np.ndarray, slices: int) -> Meetings:
         """Given the slices that the items of each counter add to."""
         of_slice = np.zeros((slices, 2), np.int32)
-        for count, (first, last) in enumerate(of_count):
-            of_slice[first : last + 1, 1] = count
-        for count, (first, last) in reversed(list(enumerate(of_count))):
-            of_slice[first : last + 1, 0] = count
-        per_count = ceil_div(slices, SLICE_COUNTS)
-        return cls(of_slice, (of_count // per_count).astype(np.int32), per_count)
+        for counter, (first, last) in enumerate(of_counter):
+            of_slice[first : last + 1, 1] = counter
+        for counter, (first, last) in reversed(list(enumerate(of_counter))):
+            of_slice[first : last + 1, 0] = counter
+        return cls(of_slice, (of_counter // slices_per_counter(slices)).astype(np.int32))
 
     def behind(self, items: int, processors: int) -> int:
         """How many items come between one and the one that may take its place, if that is to wait for nobody.
@@ -114,10 +122,10 @@ class Meetings(NamedTuple):
         """
         slices = np.arange(len(self.of_slice))
         pace = items / len(slices)
-        complete = (self.of_slice[:, 1] + 1) * PER_ITEM_COUNT + 2 * processors
+        complete = (self.of_slice[:, 1] + 1) * ITEMS_PER_COUNTER + 2 * processors
         rounded = np.maximum.accumulate(complete - pace * slices) + pace * (slices + 1)
-        last = np.minimum((self.of_count[:, 1] + 1) * self.per_count, len(slices)) - 1
-        return math.ceil(float((rounded[last] - np.arange(len(last)) * PER_ITEM_COUNT).max()))
+        last = np.minimum((self.of_counter[:, 1] + 1) * slices_per_counter(len(slices)), len(slices)) - 1
+        return math.ceil(float((rounded[last] - np.arange(len(last)) * ITEMS_PER_COUNTER).max()))
 
 
 @dataclass(frozen=True)
@@ -185,18 +193,18 @@ class Sums:
     def zeros(cls, ring: Ring, to: Tensor, columns: int, items: int) -> Sums:
         """Sums of ``columns`` columns that become the gradients ``to``, of groups of ``items``."""
         batch, heads, tokens, _ = to.shape
-        counters = 1 + ring.groups * (ceil_div(items, PER_ITEM_COUNT) + SLICE_COUNTS)
+        counters = 1 + ring.groups * (ceil_div(items, ITEMS_PER_COUNTER) + SLICE_COUNTERS)
         shape = (1, ring.places * (batch * heads // ring.groups), tokens, columns)
         size = shape[1] * tokens * columns
         memory = torch.zeros(size + counters, dtype=torch.float32, device=to.device)
         return cls(ring, memory[:size].view(shape), memory[size:].view(torch.int32), to)
 
-    def params(self, of_slice: Tensor, of_count: Tensor) -> SumsParams:
+    def params(self, of_slice: Tensor, of_counter: Tensor) -> SumsParams:
         """What the kernel is told; the tables of :class:`Meetings` are on its device."""
         ring = self.ring
         pointers, strides = (self.sums.data_ptr(), self.to.data_ptr()), (ctypes.c_longlong * 3)(*self.to.stride()[:3])
         slices = len(of_slice)
-        counts = (len(of_count), SLICE_COUNTS, PER_ITEM_COUNT, ceil_div(slices, SLICE_COUNTS))
-        numbers = (ring.places, ring.groups, slices, ring.slice_rows, *counts, ring.rounders)
-        counters = (x.data_ptr() for x in (self.counters, of_slice, of_count))
+        shared = (len(of_counter), SLICE_COUNTERS, ITEMS_PER_COUNTER, slices_per_counter(slices))
+        numbers = (ring.places, ring.groups, slices, ring.slice_rows, *shared, ring.rounders)
+        counters = (x.data_ptr() for x in (self.counters, of_slice, of_counter))
         return SumsParams(*pointers, strides, *counters, *numbers)

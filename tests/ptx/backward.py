@@ -58,7 +58,7 @@ def run(
         of_queries = torch.full_like(tensors[2], torch.nan)
         ring = ring or plan.ring(of_queries, rows)
         sums = Sums.zeros(ring, of_queries, plan.config.head_dim, plan.params.items_per_head)
-        meetings = zip(("of slices", "of counts"), plan.meetings(ring.slice_rows)[1], strict=True)
+        meetings = zip(("of slices", "of counters"), plan.meetings(ring.slice_rows)[1], strict=True)
         arrays |= {"sums": sums.sums, "of queries": of_queries, **dict(meetings)}
     launch(
         plan,
