@@ -12,9 +12,11 @@ import torch
 from helpers import random_gna
 from hypothesis import given
 from hypothesis import strategies as st
+from ptx.backward import HostPass
 from test_tables import random_tiles
 
 from gna_flex import GNA
+from gna_flex.cuda.backward import default_config
 from gna_flex.cuda.shapes import choose
 from gna_flex.cuda.sums import (
     COPY_ROWS,
@@ -26,6 +28,7 @@ from gna_flex.cuda.sums import (
     Meetings,
     Ring,
     Sums,
+    rows_of_slices,
     slices_per_counter,
 )
 from gna_flex.cuda.tables import BOXES, GROUP, KEY_START, Transposed, padded_dims, work_records
@@ -39,7 +42,8 @@ def test_nobody_waits_for_ever(
     groups: int, heads: int, tokens: int, items: int, per_item: int, processors: int, behind: int
 ) -> None:
     """Sums of every group have a place, or CTAs that free it, beside which others compute."""
-    ring = Ring.of(groups, heads, tokens, items, items * per_item, processors, lambda slice_rows: behind)
+    slice_rows = rows_of_slices(groups * heads * tokens, processors)
+    ring = Ring.of(groups, tokens, items, items * per_item, processors, slice_rows, behind)
     assert ring.groups == groups
     assert 1 <= ring.places <= groups
     assert ring.places == groups or ring.rounders > 0
@@ -95,6 +99,28 @@ def test_items_in_the_order_of_the_sequence_need_fewer_places() -> None:
         items = len(work_records(gna, tiles))
         places[name] = -(-Meetings.of(gna, tiles, MOST_ROWS).behind(items, 132) // items)
     assert places == {"lm-32k-strided": 2, "lm-32k": 2, "flux-4k": 3}
+
+
+def ring_of(gnas: tuple[GNA, ...], heads: int = 64) -> Ring:
+    """Of a pass on a GPU with 132 processors."""
+    transposed = tuple(Transposed.of(gna) for gna in gnas)
+    fused = HostPass(transposed, default_config(128, True, True), choose(transposed, 64, 2), 128, False)
+    fused.processors = 132
+    x = torch.empty(1, heads, gnas[0].tokens, 128, dtype=torch.bfloat16, device="meta")
+    return fused.ring(x, x)
+
+
+def test_text_needs_places_for_all_groups() -> None:
+    """Its items come first, of all groups: each would wait for rounding that waits for it."""
+    ring = ring_of((GNA(32768, 2048, text_first=100),))
+    assert ring.rounders
+    assert ring.places == ring.groups == 64
+
+
+def test_places_where_masks_differ() -> None:
+    """Of different masks it is not known which items meet a slice: all of a head's do."""
+    one, other = GNA(32768, 2048), GNA(32768, 1024)
+    assert [ring_of(gnas).places for gnas in ((one,), (one, other) * 32)] == [2, 4]
 
 
 def test_a_place_is_free_later_the_more_items_are_computed_at_a_time() -> None:

@@ -114,7 +114,7 @@ struct Sums {
   void* to;              // the gradients: 16-bit floats
   long long strides[3];  // elements from one batch entry, head, token of `to` to the next
   int* counters;         // of slices that are taken; for each group: of items that are done, then of slices that are rounded
-  const int2* of_slice;  // the first and the last counter of items that add to a slice
+  const int2* of_slice;    // the first and the last counter of items that add to a slice
   const int2* of_counter;  // the first and the last counter of slices to which the items of a counter add
   int places, groups, slices, slice_rows;                                    // slices of a head
   int item_counters, slice_counters, items_per_counter, slices_per_counter;  // of a group; how many share one

@@ -34,7 +34,7 @@ from gna_flex.cuda.forward import (
 )
 from gna_flex.cuda.kernel import Config, multiply_shared
 from gna_flex.cuda.shapes import choose
-from gna_flex.cuda.sums import ROUND_STAGES, Meetings, Ring, Sums, SumsParams
+from gna_flex.cuda.sums import ROUND_STAGES, Meetings, Ring, Sums, SumsParams, rows_of_slices
 from gna_flex.cuda.tables import ROWS, KernelTiles, Transposed, count
 from gna_flex.kernels import lasting
 from gna_flex.neighborhood import GNA
@@ -132,7 +132,7 @@ class Pass(Plan):
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self._known = KnownCalls()
-        self._meetings: dict[int, tuple[Meetings, list[Tensor]]] = {}
+        self._meetings: dict[int, tuple[int, list[Tensor]]] = {}
 
     def _parameters(self, map_sets: int) -> type[Any]:
         return backward_parameters(map_sets)
@@ -179,30 +179,27 @@ class Pass(Plan):
     def ring(self, query: Tensor, key: Tensor) -> Ring:
         """How a fused pass keeps the sums of a query's gradients."""
         (batch, heads, tokens, _), groups = query.shape, key.shape[0] * key.shape[1]
-        processors = self.processors
-        items: int = self.params.items_per_head
-
-        def behind(slice_rows: int) -> int:
-            if any(self.text):  # items of text come first, of all groups
-                return groups * items
-            return self.meetings(slice_rows)[0].behind(items, processors)
-
-        return Ring.of(groups, batch * heads // groups, tokens, items, self.boxes, processors, behind)
+        items, processors = self.params.items_per_head, self.processors
+        slice_rows = rows_of_slices(batch * heads * tokens, processors)
+        # Items of text come first, of all groups.
+        behind = groups * items if any(self.text) else self.meetings(slice_rows)[0]
+        return Ring.of(groups, tokens, items, self.boxes, processors, slice_rows, behind)
 
     def sums(self, query: Tensor, key: Tensor, to: Tensor) -> Sums:
         """Sums for a fused pass, which become the gradients ``to`` of a query."""
         return Sums.zeros(self.ring(query, key), to, self.config.head_dim, self.params.items_per_head)
 
-    def meetings(self, slice_rows: int) -> tuple[Meetings, list[Tensor]]:
-        """Which items add to which slices of a fused pass's sums; made once, and on the device, too."""
+    def meetings(self, slice_rows: int) -> tuple[int, list[Tensor]]:
+        """:meth:`Meetings.behind` of a fused pass's items and slices, and its tables on the device; made once."""
         known = self._meetings.get(slice_rows)
         if known is None:
+            items = self.params.items_per_head
             if any(self.text) or len(set(self.request.gnas)) > 1:
-                tables = Meetings.all(self.gna.tokens, slice_rows, self.params.items_per_head)
+                tables = Meetings.all(self.gna.tokens, slice_rows, items)
             else:
                 tables = Meetings.of(self.gna, self.tiles, slice_rows)
             on_device = lasting(lambda: [torch.from_numpy(table).to(self.items.device) for table in tables])
-            known = self._meetings[slice_rows] = tables, on_device
+            known = self._meetings[slice_rows] = tables.behind(items, self.processors), on_device
         return known
 
     def pass_arguments(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +47,16 @@ class SumsParams(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("items_per_counter", "slices_per_counter")),
         ("rounders", ctypes.c_int),
     )
+
+
+def rows_of_slices(rows: int, processors: int) -> int:
+    """Rows of a slice, where all heads of queries have so many: a few slices for each consumer.
+
+    >>> rows_of_slices(32 * 32768, 132), rows_of_slices(8 * 1000, 132)
+    (1024, 32)
+    """
+    share = ceil_div(rows, 4 * processors)
+    return int(min(ceil_div(share, COPY_ROWS) * COPY_ROWS, MOST_ROWS))
 
 
 def slices_per_counter(slices: int) -> int:
@@ -153,23 +162,21 @@ class Ring:
 
     @classmethod
     def of(
-        cls, groups: int, heads: int, tokens: int, items: int, boxes: int, processors: int, behind: Callable[[int], int]
+        cls, groups: int, tokens: int, items: int, boxes: int, processors: int, slice_rows: int, behind: int
     ) -> Ring:
-        """For ``groups`` of ``heads`` of ``tokens`` queries, whose ``items`` visit ``boxes`` of each head in total.
+        """For ``groups`` of heads of ``tokens`` queries, whose ``items`` visit ``boxes`` of each head in total.
 
-        ``behind(slice_rows)``: how many items must come between one and the one that takes its place.
+        ``behind``: how many items must come between one and the one that takes its place.
 
-        >>> Ring.of(32, heads=1, tokens=32768, items=256, boxes=8192, processors=132, behind=lambda slice_rows: 304)
+        >>> Ring.of(32, tokens=32768, items=256, boxes=8192, processors=132, slice_rows=1024, behind=304)
         Ring(groups=32, places=2, rounders=5, slice_rows=1024)
-        >>> Ring.of(4, heads=2, tokens=1000, items=16, boxes=200, processors=132, behind=lambda slice_rows: 304)
+        >>> Ring.of(4, tokens=1000, items=16, boxes=200, processors=132, slice_rows=32, behind=304)
         Ring(groups=4, places=4, rounders=0, slice_rows=32)
         """
-        share = ceil_div(groups * heads * tokens, 4 * processors)  # a few slices for each consumer
-        slice_rows = min(ceil_div(share, COPY_ROWS) * COPY_ROWS, MOST_ROWS)
         rounders = ceil_div(processors * tokens, ROWS_PER_BOX * boxes)
         if groups * items < WAVES * processors or rounders * SHARE > processors:
             return cls(groups, groups, 0, slice_rows)
-        return cls(groups, min(groups, ceil_div(behind(slice_rows), items)), rounders, slice_rows)
+        return cls(groups, min(groups, ceil_div(behind, items)), rounders, slice_rows)
 
 
 @dataclass(frozen=True)
