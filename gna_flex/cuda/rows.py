@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gna_flex.cuda import driver, jit
+from gna_flex.cuda.forward import small
 from gna_flex.torch_private import current_stream
 
 THREADS = 256
@@ -26,8 +27,7 @@ class StatisticsParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "grad", "lse", "grad_lse", "to")),
         ("out_strides", _Strides),
         ("grad_strides", _Strides),
-        ("rows", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("heads", "tokens", "head_dim")),
+        *((name, ctypes.c_int) for name in ("rows", "heads", "tokens", "head_dim")),
         ("scale", ctypes.c_float),
     )
 
@@ -53,7 +53,7 @@ def statistics(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor | None, 
     strides = [_Strides(*x.stride()[:3]) for x in (out, grad)]
     batch, heads, tokens, head_dim = out.shape
     pointers = (out.data_ptr(), grad.data_ptr(), lse.data_ptr(), grad_lse.data_ptr() if grad_lse is not None else None)
-    rows = batch * heads * tokens
+    rows = small("queries", batch * heads * tokens)
     params = StatisticsParams(*pointers, to.data_ptr(), *strides, rows, heads, tokens, head_dim, scale)
     grid, index = (-(-rows // STATISTICS_ROWS), 1, 1), out.device.index
     run = kernel(out.dtype == torch.float16)
