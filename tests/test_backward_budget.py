@@ -92,7 +92,7 @@ def test_instructions(config: BackwardConfig, tmp_path: Path) -> None:
     of_queries = 2 * config.consumers * ROWS // 16 * config.fused
     assert found["HGMMA"] == 2 * scores + (1 + config.rows_are_keys) * values + of_queries
     assert found["UTMALDG"] > 0
-    results = [line for line in lines if line.startswith("STG.E.128")]
+    results = [line for line in lines if line.startswith("STG.E.EF.128")]
     assert len(results) == (1 + config.rows_are_keys) * config.head_dim // 16
     assert (found["UTMAREDG"] > 0) == config.fused
     assert (found["UBLKCP"] > 0) == config.fused  # copies of lines of sums

@@ -96,9 +96,9 @@ __device__ __forceinline__ void load_queries(
 #pragma unroll 1
   for (int i = 0; i < kTiles * kChunks; i++) {
     const int g = i % kTiles, chunk = i / kTiles;
-    tensor_load(to + (chunk * kTiles + g) * kRows * kBytes * kColumns, &maps[set], bar, column + chunk * kColumns,
-                I.query[2] + g * (Q.is_text ? kRows : P.beside[2]), I.query[1] + g * (Q.is_text ? 0 : P.beside[1]),
-                I.query[0] + g * (Q.is_text ? 0 : P.beside[0]), place);
+    tensor_load_once(to + (chunk * kTiles + g) * kRows * kBytes * kColumns, &maps[set], bar, column + chunk * kColumns,
+                     I.query[2] + g * (Q.is_text ? kRows : P.beside[2]), I.query[1] + g * (Q.is_text ? 0 : P.beside[1]),
+                     I.query[0] + g * (Q.is_text ? 0 : P.beside[0]), place);
   }
 }
 

@@ -49,6 +49,14 @@ __device__ __forceinline__ void tensor_load(u32 to, const TensorMap* map, u32 ba
                ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
+// Of what is read once: the L2 cache gives its place to others first.
+__device__ __forceinline__ void tensor_load_once(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once;\n"
+               "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+               " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], once;\n}"
+               ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+
 __device__ __forceinline__ void tensor_store(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3, int c4) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
                ::"l"(map), "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");

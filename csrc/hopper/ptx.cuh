@@ -33,9 +33,9 @@ __device__ __forceinline__ void store_four(u32 to, float a, float b, float c, fl
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
-// In one piece, which the compiler would not promise.
+// In one piece, which the compiler would not promise, and for the L2 cache to give up first: nobody reads it soon.
 __device__ __forceinline__ void store_global(void* to, const u32 (&x)[4]) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
 // ---- bits and bytes

@@ -94,7 +94,7 @@ __device__ __forceinline__ void round_sums(const BackwardParams& P, unsigned cha
       for (int i = 0; i < kMine; i++) {
         const int at = row + thread / kPieces + kRowsApart * i;
         const u32 low = pack(x[i].x, x[i].y), high = pack(x[i].z, x[i].w), other = __shfl_xor_sync(~0u, odd ? low : high, 2);
-        if (at < rows && column < P.head_dim) *(uint2*)(to + at * S.strides[2]) = odd ? make_uint2(other, high) : make_uint2(low, other);
+        if (at < rows && column < P.head_dim) __stcs((uint2*)(to + at * S.strides[2]), odd ? make_uint2(other, high) : make_uint2(low, other));
       }
     }
     if (thread == 0) count_up(slices_rounded(S, group) + slice / S.slices_per_counter);

@@ -16,7 +16,7 @@ from ptx.warp import Warp
 
 SPACES = ("param", "global", "shared", "shared::cta")
 NO_WORDS = np.zeros(0, np.int64)
-HINTS = ("v2", "v4", "nc", "volatile", "relaxed", "acquire", "gpu", "cta", "aligned")
+HINTS = ("v2", "v4", "nc", "cs", "volatile", "relaxed", "acquire", "gpu", "cta", "aligned")
 
 
 def pointer(program: Program, operand: Operand) -> tuple[int, int]:

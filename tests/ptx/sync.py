@@ -220,6 +220,17 @@ STORE = re.compile(r"\dd\.global\.shared::cta(\.tile)?\.bulk_group")
 REDUCTION = re.compile(r"\dd\.global\.shared::cta\.add(\.tile)?\.bulk_group")
 
 
+@opcode("createpolicy.fractional.L2::evict_first.b64")
+def policy(program: Program, ins: Instruction) -> Run:
+    """Caches are not modelled: a number that nobody looks at."""
+    to = program.slot(ins.operands[0], np.uint64)
+
+    def run(w: Warp) -> None:
+        w.assign(to, np.uint64(0))
+
+    return run
+
+
 def _copier(w: Warp) -> int:
     """The lane that issues a copy, which must be ordered after what its warp has learned from global memory."""
     if w.unfenced:
