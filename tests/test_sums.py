@@ -31,7 +31,7 @@ from gna_flex.cuda.sums import (
     rows_of_slices,
     slices_per_counter,
 )
-from gna_flex.cuda.tables import BOXES, GROUP, KEY_START, Transposed, padded_dims, work_records
+from gna_flex.cuda.tables import BOXES, GROUP, KEY_START, Transposed, count, padded_dims, work_records
 from gna_flex.presets import preset
 
 SIZES = st.integers(1, 5000)
@@ -97,8 +97,9 @@ def test_items_in_the_order_of_the_sequence_need_fewer_places() -> None:
         gna = Transposed.of(preset(name).gna)
         tiles = choose((gna,), 64, 2)
         items = len(work_records(gna, tiles))
-        places[name] = -(-Meetings.of(gna, tiles, MOST_ROWS).behind(items, 132) // items)
-    assert places == {"lm-32k-strided": 2, "lm-32k": 2, "flux-4k": 3}
+        boxes = count(gna, tiles).boxes
+        places[name] = -(-Meetings.of(gna, tiles, MOST_ROWS).behind(items, boxes, 132) // items)
+    assert places == {"lm-32k-strided": 1, "lm-32k": 1, "flux-4k": 3}
 
 
 def ring_of(gnas: tuple[GNA, ...], heads: int = 64) -> Ring:
@@ -120,16 +121,18 @@ def test_text_needs_places_for_all_groups() -> None:
 def test_places_where_masks_differ() -> None:
     """Of different masks it is not known which items meet a slice: all of a head's do."""
     one, other = GNA(32768, 2048), GNA(32768, 1024)
-    assert [ring_of(gnas).places for gnas in ((one,), (one, other) * 32)] == [2, 4]
+    assert [ring_of(gnas).places for gnas in ((one,), (one, other) * 32)] == [1, 3]
 
 
 def test_a_place_is_free_later_the_more_items_are_computed_at_a_time() -> None:
     gna = Transposed.of(GNA(32768, 2048))
     meetings = Meetings.of(gna, choose((gna,), 64, 2), MOST_ROWS)
-    behind = [meetings.behind(256, processors) for processors in (1, 64, 132)]
+    behind = [meetings.behind(256, 256 * 34, processors) for processors in (1, 64, 132)]
     assert behind == sorted(behind)
     assert behind[0] > 2048 // 128, "all items that add to a slice come first"
-    assert Meetings.all(32768, MOST_ROWS, 256).behind(256, 132) > 2 * 256, "all at the end takes as long as a group"
+    assert meetings.behind(256, 256 * 8, 132) > behind[-1], "items that are fetched early need a place as early"
+    at_the_end = Meetings.all(32768, MOST_ROWS, 256).behind(256, 256 * 34, 132)
+    assert at_the_end > 2 * 256, "all at the end takes as long as a group"
 
 
 def test_sums_are_zeros_for_the_places_only() -> None:

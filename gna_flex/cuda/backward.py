@@ -199,7 +199,7 @@ class Pass(Plan):
             else:
                 tables = Meetings.of(self.gna, self.tiles, slice_rows)
             on_device = lasting(lambda: [torch.from_numpy(table).to(self.items.device) for table in tables])
-            known = self._meetings[slice_rows] = tables.behind(items, self.processors), on_device
+            known = self._meetings[slice_rows] = tables.behind(items, self.boxes, self.processors), on_device
         return known
 
     def pass_arguments(

@@ -27,11 +27,13 @@ WAVES, SHARE = 16, 8
 """Some CTAs only round where each has so many items at least, and where they are not more than that part of all."""
 ROUND_STAGES = 6
 """Copies of sums that a consumer has under way; ``kRoundStages`` of the kernel."""
-COPY_ROWS, MOST_ROWS = 32, 1024
+COPY_ROWS, MOST_ROWS = 32, 512
 """Rows of a slice are a multiple of the first (those of a copy), and at most the second."""
 ITEMS_PER_COUNTER, SLICE_COUNTERS = 8, 16
 """Items that share a counter, which a warp waits for; and counters of a group's slices, of which there are few as one
 thread waits for them."""
+FEW_BOXES = 8
+"""Boxes that an item has left when its CTA fetches the next one; ``kFewBoxes`` of the kernel."""
 
 
 class SumsParams(ctypes.Structure):
@@ -53,7 +55,7 @@ def rows_of_slices(rows: int, processors: int) -> int:
     """Rows of a slice, where all heads of queries have so many: a few slices for each consumer.
 
     >>> rows_of_slices(32 * 32768, 132), rows_of_slices(8 * 1000, 132)
-    (1024, 32)
+    (512, 32)
     """
     share = ceil_div(rows, 4 * processors)
     return int(min(ceil_div(share, COPY_ROWS) * COPY_ROWS, MOST_ROWS))
@@ -120,18 +122,20 @@ class Meetings(NamedTuple):
             of_slice[first : last + 1, 0] = counter
         return cls(of_slice, (of_counter // slices_per_counter(slices)).astype(np.int32))
 
-    def behind(self, items: int, processors: int) -> int:
+    def behind(self, items: int, boxes: int, processors: int) -> int:
         """How many items come between one and the one that may take its place, if that is to wait for nobody.
 
-        Each of ``processors`` computes an item, and has fetched another one, for which it needs the place. Slices are
-        rounded one after the other, as quickly as items need it.
+        ``items`` of a group visit so many ``boxes`` of a head. Each of ``processors`` computes an item; who has few
+        boxes left has fetched another one, for which it needs the place. Slices are rounded one after the other, as
+        quickly as items need it.
 
-        >>> Meetings.all(32768, 1024, 256).behind(256, 132), Meetings.all(32768, 1024, 8).behind(8, 132)
-        (776, 280)
+        >>> Meetings.all(32768, 512, 256).behind(256, 8192, 132), Meetings.all(32768, 512, 8).behind(8, 256, 132)
+        (677, 181)
         """
         slices = np.arange(len(self.of_slice))
         pace = items / len(slices)
-        complete = (self.of_slice[:, 1] + 1) * ITEMS_PER_COUNTER + 2 * processors
+        at_work = processors * (1 + min(1, FEW_BOXES * items / boxes))
+        complete = (self.of_slice[:, 1] + 1) * ITEMS_PER_COUNTER + at_work
         rounded = np.maximum.accumulate(complete - pace * slices) + pace * (slices + 1)
         last = np.minimum((self.of_counter[:, 1] + 1) * slices_per_counter(len(slices)), len(slices)) - 1
         return math.ceil(float((rounded[last] - np.arange(len(last)) * ITEMS_PER_COUNTER).max()))
@@ -168,9 +172,9 @@ class Ring:
 
         ``behind``: how many items must come between one and the one that takes its place.
 
-        >>> Ring.of(32, tokens=32768, items=256, boxes=8192, processors=132, slice_rows=1024, behind=304)
-        Ring(groups=32, places=2, rounders=5, slice_rows=1024)
-        >>> Ring.of(4, tokens=1000, items=16, boxes=200, processors=132, slice_rows=32, behind=304)
+        >>> Ring.of(32, tokens=32768, items=256, boxes=8192, processors=132, slice_rows=512, behind=205)
+        Ring(groups=32, places=1, rounders=5, slice_rows=512)
+        >>> Ring.of(4, tokens=1000, items=16, boxes=200, processors=132, slice_rows=32, behind=205)
         Ring(groups=4, places=4, rounders=0, slice_rows=32)
         """
         rounders = ceil_div(processors * tokens, ROWS_PER_BOX * boxes)
