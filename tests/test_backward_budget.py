@@ -12,7 +12,7 @@ from gna_flex.cuda import jit
 from gna_flex.cuda.backward import OPERANDS, BackwardConfig, backward_parameters, default_config
 from gna_flex.cuda.config import SHARED_LIMIT
 from gna_flex.cuda.rows import StatisticsParams
-from gna_flex.cuda.sums import SumsParams
+from gna_flex.cuda.sums import COPY_ROWS, FEW_BOXES, ROUND_STAGES, SumsParams
 from gna_flex.cuda.tables import ROWS
 
 needs_nvrtc()
@@ -58,6 +58,7 @@ def built(config: BackwardConfig) -> jit.Cubin:
     """The kernel as it is shipped, plus what the compiler itself checks: sizes and offsets that Python relies on."""
     params = backward_parameters(config.map_sets)
     facts = {"kSharedBytes": config.shared_bytes, "sizeof(BackwardParams)": ctypes.sizeof(params)}
+    facts |= {"kFewBoxes": FEW_BOXES, "kRoundStages": ROUND_STAGES, "kRoundRows": COPY_ROWS}
     operands = len(OPERANDS) + config.fused
     facts["sizeof(BackwardMaps)"] = 128 * operands * (config.map_sets + 2 * config.text)
     for field in ("statistics", "results", "result_strides", "rows2", "dq", "scale", "head_dim", "sums", "items", "o"):
