@@ -64,7 +64,7 @@ OF_SUMS: dict[str, Change] = {
     "no zeros": (r"cp\.async\.bulk\.global\.shared::cta\.bulk_group[^;]*;", "", 1),
     "other bytes": (r"(cp\.async\.bulk\.\S+ \[\S+\], \[\S+\], )(%\w+)((?:, \[\S+\])?;)", more(-16), 1),
     # Those of rounding: no result of a pass is stored after them.
-    "no exchange": (r"shfl\.sync\.bfly[^;]*;(?![\s\S]*st\.global\.v4)", "", 3),
+    "no exchange": (r"shfl\.sync\.bfly[^;]*;(?![\s\S]*st\.global\.cs\.v4)", "", 3),
 }
 """Changes of what only fused passes have."""
 
@@ -128,8 +128,8 @@ def cannot_matter_here(name: str, text: str, match: re.Match[str]) -> bool:
 
 
 OF_RESULTS: dict[str, Change] = {
-    "no result": (r"st\.global\.v4\.u32[^;]*;", "", 3),
-    "words swapped": (r"(st\.global\.v4\.u32 \[\S+\], \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 3),
+    "no result": (r"st\.global\.cs\.v4\.u32[^;]*;", "", 3),
+    "words swapped": (r"(st\.global\.cs\.v4\.u32 \[\S+\], \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", 3),
 }
 """Changes of how results of all passes leave."""
 ONLY_FUSED = ("no store wait", "no store commit", "no stmatrix", "matrices swapped")

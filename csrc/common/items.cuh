@@ -86,7 +86,7 @@ __device__ __forceinline__ Queries describe(Work& W, const Params& P, int w, int
 }
 
 // Loads the queries of an item: boxes of at most kRows for kTiles tiles, which lie side by side in each chunk of columns.
-template <int kTiles, int kRows, int kColumns, int kChunks, int kBytes = 2>
+template <int kTiles, int kRows, int kColumns, int kChunks, int kBytes = 2, bool kOnce = false>
 __device__ __forceinline__ void load_queries(
     u32 to, u32 bar, const TensorMap* maps, const Address& at, const Queries& Q, int lengths, const Params& P) {
   const Item& I = Q.item;
@@ -96,9 +96,9 @@ __device__ __forceinline__ void load_queries(
 #pragma unroll 1
   for (int i = 0; i < kTiles * kChunks; i++) {
     const int g = i % kTiles, chunk = i / kTiles;
-    tensor_load_once(to + (chunk * kTiles + g) * kRows * kBytes * kColumns, &maps[set], bar, column + chunk * kColumns,
-                     I.query[2] + g * (Q.is_text ? kRows : P.beside[2]), I.query[1] + g * (Q.is_text ? 0 : P.beside[1]),
-                     I.query[0] + g * (Q.is_text ? 0 : P.beside[0]), place);
+    tensor_load<kOnce>(to + (chunk * kTiles + g) * kRows * kBytes * kColumns, &maps[set], bar, column + chunk * kColumns,
+                       I.query[2] + g * (Q.is_text ? kRows : P.beside[2]), I.query[1] + g * (Q.is_text ? 0 : P.beside[1]),
+                       I.query[0] + g * (Q.is_text ? 0 : P.beside[0]), place);
   }
 }
 

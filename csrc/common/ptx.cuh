@@ -43,18 +43,19 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
+// To shared memory; of what is read once, such that the L2 cache gives its place to others first.
+template <bool kOnce = false>
 __device__ __forceinline__ void tensor_load(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3, int c4) {
-  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-               " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
-               ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
-}
-
-// Of what is read once: the L2 cache gives its place to others first.
-__device__ __forceinline__ void tensor_load_once(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3, int c4) {
-  asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once;\n"
-               "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-               " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], once;\n}"
-               ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+#define COPY "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+#define OPERANDS "[%0], [%1, {%3, %4, %5, %6, %7}], [%2]"
+  if (kOnce)
+    asm volatile("{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once;\n" COPY ".L2::cache_hint " OPERANDS ", once;\n}"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+  else
+    asm volatile(COPY " " OPERANDS ";"
+                 ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+#undef COPY
+#undef OPERANDS
 }
 
 __device__ __forceinline__ void tensor_store(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3, int c4) {
