@@ -115,7 +115,8 @@ gna_backward(const __grid_constant__ BackwardMaps maps, const __grid_constant__ 
 
         auto load = [&](u32 rows, u32 full, u32 empty, const TensorMap* map, const Address& at) {
           barrier_wait(empty + 8 * X.index, X.phase);
-          load_queries<kConsumers, kRows, kColumns, kChunks, 2, true>(base + rows + X.index * kQueryBytes, full + 8 * X.index, map, at, queries, lengths, P);
+          load_queries<kConsumers, kRows, kColumns, kChunks, /*kBytes*/ 2, /*kOnce*/ true>(
+              base + rows + X.index * kQueryBytes, full + 8 * X.index, map, at, queries, lengths, P);
         };
         load(kRows2, z_full, z_empty, maps.rows2, P.rows2);  // free first: once the item before has its last gradients of weights
         load(kRows1, x_full, x_empty, maps.rows1, P.q);
