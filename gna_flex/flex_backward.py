@@ -44,19 +44,20 @@ def flex_backward(
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     scale: float,
     text_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query ``[B, H, S, D]``, key and value ``[B, Hkv, S, D]``.
 
-    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head;
-    ``text_valid`` are the lengths of text ``[B, 2]`` that the forward had.
+    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm), and ``grad_lse`` its gradient, if it has one; ``gnas``
+    is one GNA, or one per query head; ``text_valid`` are the lengths of text ``[B, 2]`` that the forward had.
     """
     plan, parts, permute, unpermute = _order(gnas, query.device, text_valid)
     # The operator has the log-sum-exp in base 2.
     wide = [permute(x, -2) for x in (query, key, value, out, grad_out)]
-    stats = [permute(x, -1).contiguous() for x in (lse * math.log2(math.e), grad_lse * math.log(2))]
+    grad_base2 = torch.zeros_like(lse) if grad_lse is None else grad_lse * math.log(2)
+    stats = [permute(x, -1).contiguous() for x in (lse * math.log2(math.e), grad_base2)]
     query_, key_, value_, out_, grad_ = (x.contiguous() for x in wide)
     lengths = [] if text_valid is None else [text_valid.contiguous()]
     arguments = (query_, key_, value_, out_, stats[0], grad_, stats[1], *lengths)

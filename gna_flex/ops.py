@@ -206,7 +206,7 @@ torch.library.register_fake("gna_flex::attention", _attention_fake, lib=_library
 
 _library.define(
     "attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
-    "Tensor grad_lse, int[] layout, int[] window, int[] stride, int[] dilation, bool[] causal, int text_first, "
+    "Tensor? grad_lse, int[] layout, int[] window, int[] stride, int[] dilation, bool[] causal, int text_first, "
     "int text_last, float scale, Tensor? text_valid=None) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -260,10 +260,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *rest, text_valid = inputs[3:]
     ctx.save_for_backward(*inputs[:3], *output, text_valid)
     ctx.rest = rest
+    ctx.set_materialize_grads(False)  # few use the log-sum-exp: no zeros for it, and no kernel that writes them
 
 
-def _attention_gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _attention_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     *tensors, text_valid = ctx.saved_tensors
+    grad_out = torch.zeros_like(tensors[3]) if grad_out is None else grad_out
     grads = torch.ops.gna_flex.attention_backward(*tensors, grad_out, grad_lse, *ctx.rest, text_valid)
     return *grads, *(None,) * len(ctx.rest), None
 

@@ -16,18 +16,21 @@ def reference_backward(
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     mask_mod: MaskMod,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of :func:`gna_flex.reference_attention`, from its results and their gradients.
 
-    Shapes are those of the forward; gradients are float32 (float64 for float64).
+    Shapes are those of the forward; gradients are float32 (float64 for float64). Without ``grad_lse`` nothing depends
+    on the log-sum-exp.
     """
     work, groups = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
     keys, values = (x.to(work).repeat_interleave(groups, 1) for x in (key, value))
-    queries, out, lse, grad_out, grad_lse = (x.to(work) for x in (query, out, lse, grad_out, grad_lse))
-    delta = (grad_out * out).sum(-1) - grad_lse
+    queries, out, lse, grad_out = (x.to(work) for x in (query, out, lse, grad_out))
+    delta = (grad_out * out).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(work)
     device, (batch, heads, q_len, _), kv_len = query.device, query.shape, key.shape[2]
     b, h = torch.arange(batch, device=device)[:, None, None, None], torch.arange(heads, device=device)[:, None, None]
     grad_queries, grad_keys, grad_values = [], torch.zeros_like(keys), torch.zeros_like(values)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gna_flex import GNA, backend, flex_attention, gna_mask, reference_attention, routing
 from gna_flex.reference_backward import reference_backward
@@ -132,18 +133,58 @@ def test_forward_mode_is_right_or_refused(route):
             torch.testing.assert_close(way(), wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("of_lse", [True, False], ids=["with a gradient of the log-sum-exp", "without"])
 @pytest.mark.parametrize("lengths", [None, [[0, 3], [0, 1]]])
-def test_the_operators_backward(lengths):
+def test_the_operators_backward(lengths, of_lse):
     valid = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
     mask = MASK if valid is None else MASK.counting(valid)
     tensors = [x.requires_grad_() for x in inputs()]
     out, lse, _ = reference_attention(*tensors, mask.mask_mod, scale=0.3)
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    wanted = torch.autograd.grad((out, lse), tensors, (grad_out, grad_lse))
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse) if of_lse else None
+    wanted = torch.autograd.grad((out, lse)[: 1 + of_lse], tensors, (grad_out, grad_lse)[: 1 + of_lse])
     arguments = (*tensors, out, lse, grad_out, grad_lse, *mask.lists, 0.3, valid)
     plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     torch.testing.assert_close(torch.ops.gna_flex.attention_backward(*plain), wanted)
     torch.library.opcheck(torch.ops.gna_flex.attention_backward, plain)
+
+
+class Backwards(TorchDispatchMode):
+    """Notes which gradients the operator's backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.gna_flex.attention_backward.default:
+            grad_out, grad_lse = args[5:7]
+            self.given.append((bool(grad_out.any()), grad_lse is not None))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("used", [(True, False), (False, True), (True, True)], ids=["out", "lse", "both"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_results_that_nobody_uses_have_no_gradients(used, compiled):
+    tensors = [x.requires_grad_() for x in inputs()]
+    weights = torch.randn(2, 4, NEAR.tokens, dtype=torch.float64)
+
+    def loss(attention):
+        out, lse = attention(*tensors)[:2]
+        terms = ((out.sum(-1) * weights).sum(), (lse * weights).sum())
+        return sum(term for term, wanted in zip(terms, used, strict=True) if wanted)
+
+    def attention(*x: Tensor):
+        return torch.ops.gna_flex.attention(*x, *MASK.lists, 0.3)
+
+    run = torch.compile(attention, backend="aot_eager") if compiled else attention
+    found = loss(run)
+    with Backwards() as backwards:
+        grads = torch.autograd.grad(found, tensors)
+    wanted = loss(lambda *x: reference_attention(*x, MASK.mask_mod, scale=0.3))
+    close(grads, torch.autograd.grad(wanted, tensors, materialize_grads=True))
+    if not compiled:
+        assert backwards.given == [used]
 
 
 class Layer(nn.Module):
