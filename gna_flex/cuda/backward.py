@@ -271,9 +271,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query ``[B, H, S, D]``, key and value ``[B, Hkv, S, D]``, on the current stream.
 
-    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm); ``gnas`` is one GNA, or one per query head;
-    ``text_valid`` are the lengths of text, int32 ``[B, 2]``, that the forward had. ``deterministic``: results repeat in
-    every bit, by default if ``torch.use_deterministic_algorithms`` says so; else what is quicker, and fits in memory.
+    ``lse`` is the log-sum-exp ``[B, H, S]`` (natural logarithm), and ``grad_lse`` its gradient, if it has one; ``gnas``
+    is one GNA, or one per query head; ``text_valid`` are the lengths of text, int32 ``[B, 2]``, that the forward had.
+    ``deterministic``: results repeat in every bit, by default if ``torch.use_deterministic_algorithms`` says so; else
+    what is quicker, and fits in memory.
     """
     head_dim, float16, device = query.shape[-1], query.dtype == torch.float16, query.device
     if len(set(gnas)) > 1 and key.shape[1] != query.shape[1]:
